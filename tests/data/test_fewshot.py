@@ -1,0 +1,139 @@
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpt.config import DataConfig
+from vpt.data.fewshot import sample_shots, split_shots
+from vpt.data.images import Samples
+from vpt.data.sources import Source, open_source
+from vpt.errors import InputError
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/fewshot_sampling_a.json").read_text())
+DIGITS = open_source(DataConfig(name="digits"))
+
+
+@pytest.mark.parametrize(
+    "case", GOLDEN["selections"], ids=lambda case: f"{case['list']}-{case['seed']}-{case['shots']}"
+)
+def test_same_selection_as_dassl(case):
+    labels = {
+        part: [item["label"] for item in GOLDEN["lists"][case["list"]][part]]
+        for part in ("train", "val")
+    }
+    rng = random.Random(case["seed"])
+    assert sample_shots(labels["train"], case["shots"], rng) == case["train"]
+    assert sample_shots(labels["val"], min(case["shots"], 4), rng) == case["val"]
+
+
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 8), st.integers())
+def test_every_class_gives_its_shots(labels, shots, seed):
+    chosen = sample_shots(labels, shots, random.Random(seed))
+    assert len(set(chosen)) == len(chosen)
+    counts = Counter(labels)
+    assert Counter(labels[i] for i in chosen) == {c: min(n, shots) for c, n in counts.items()}
+    assert list(dict.fromkeys(labels[i] for i in chosen)) == list(dict.fromkeys(labels))
+    assert chosen == sample_shots(np.array(labels, dtype=int), shots, random.Random(seed))
+
+
+def samples(part, labels, patients=None):
+    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1)
+    names = [f"{part}/{i}" for i in range(len(labels))]
+    return Samples(images, np.array(labels, dtype=np.int64), names, patients)
+
+
+def source(**parts):
+    return Source("x", DIGITS.card, ["cat", "dog"], ["{}"], "none", parts)
+
+
+def test_given_parts():
+    parts = {part: samples(part, [0, 1] * 20) for part in ("train", "val", "test")}
+    split = split_shots(source(**parts), 8, seed=1)
+    assert [len(split.train), len(split.val), len(split.test)] == [16, 8, 40]
+    assert all(name.startswith("val/") for name in split.val.names)
+    assert split.test is parts["test"]
+    whole = split_shots(source(**parts), None, seed=1)
+    assert [len(whole.train), len(whole.val), len(whole.test)] == [40, 40, 40]
+    parts["val"] = samples("val", [])
+    assert split_shots(source(**parts), 8, seed=1).val is None
+    del parts["val"]
+    without = split_shots(source(**parts), 8, seed=1)
+    assert without.val is None and without.train.names == split.train.names
+
+
+def test_one_part_gives_the_rest_to_the_test():
+    split = split_shots(DIGITS, 16, seed=1)
+    assert len(split.train) == 160 and len(split.test) == 1797 - 160 and split.val is None
+    assert not set(split.train.names) & set(split.test.names)
+    assert np.bincount(split.train.labels).tolist() == [16] * 10
+    assert split.train.names != split_shots(DIGITS, 16, seed=2).train.names
+
+
+def test_patients_are_kept_apart():
+    labels = [0, 1] * 60
+    patients = [f"p{i // 4}" for i in range(120)]  # 30 patients of 4 images
+    one = source(all=samples("all", labels, patients))
+    split = split_shots(one, 8, seed=1)
+    assert np.bincount(split.train.labels).tolist() == [8, 8]
+    assert not set(split.train.patients) & set(split.test.patients)
+    assert 0.2 < len(set(split.test.patients)) / 30 < 0.45
+    assert split.hash == split_shots(one, 8, seed=1).hash != split_shots(one, 8, seed=2).hash
+    with pytest.raises(InputError, match="class 'cat' has 40 images of the patients to train on"):
+        split_shots(one, 50, seed=1)
+
+
+def test_patients_in_two_parts_are_named():
+    parts = {
+        "train": samples("train", [0, 1] * 4, [f"p{i}" for i in range(8)]),
+        "test": samples("test", [0, 1] * 4, [f"p{i}" for i in range(1, 9)]),
+    }
+    with pytest.raises(
+        InputError, match=r"7 patients are in both train and test: p1, .*, p5: move"
+    ):
+        split_shots(source(**parts), 1, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "shots", "match"),
+    [
+        ({"all": [0, 1, 1]}, None, "x: the data has no test part: give data.shots"),
+        ({"all": [0, 0, 1]}, 2, "class 'cat' has 2 images, fewer than data.shots=2 and one for"),
+        (
+            {"train": [0, 0, 1], "test": [0]},
+            2,
+            "class 'dog' has 1 images, fewer than data.shots=2:",
+        ),
+        ({"train": [0, 0], "test": [0]}, None, "class 'dog' has 0 images"),
+        ({"train": [0, 1], "test": []}, 1, "the test part is empty"),
+    ],
+)
+def test_what_cannot_be_split(parts, shots, match):
+    with pytest.raises(InputError, match=match):
+        split_shots(source(**{k: samples(k, v) for k, v in parts.items()}), shots, seed=1)
+
+
+def test_hash_tells_data_apart_but_not_places(tmp_path):
+    base = split_shots(DIGITS, 2, seed=1).hash
+    assert base == "d744eeb3a386427a"
+    altered = DIGITS.parts["all"].images.copy()
+    altered[5, 0, 0] ^= 1
+    part = DIGITS.parts["all"]
+    other = Samples(altered, part.labels, part.names)
+    relabelled = Samples(part.images, 9 - part.labels, part.names)
+    for changed in (other, relabelled):
+        again = Source("digits", DIGITS.card, DIGITS.class_names, ["{}"], "none", {"all": changed})
+        assert split_shots(again, 2, seed=1).hash != base
+
+    def folder_hash(root, content=b"x"):
+        for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        return split_shots(open_source(DataConfig(root=root)), 1, seed=1).hash
+
+    assert folder_hash(tmp_path / "here") == folder_hash(tmp_path / "there")
+    assert folder_hash(tmp_path / "here") != folder_hash(tmp_path / "changed", b"xy")

@@ -1,0 +1,40 @@
+"""Learnable prompts for frozen vision transformers (timm) and CLIP (open_clip).
+
+The public face is loaded on first use, so that importing `vpt` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vpt import backbones
+    from vpt.artifact import load, save
+    from vpt.config import TrainConfig
+    from vpt.engine.evaluate import evaluate
+    from vpt.engine.train import fit
+    from vpt.errors import InputError
+    from vpt.methods import attach
+
+__all__ = ["InputError", "TrainConfig", "attach", "backbones", "evaluate", "fit", "load", "save"]
+
+_HOMES = {
+    "InputError": "vpt.errors",
+    "TrainConfig": "vpt.config",
+    "attach": "vpt.methods",
+    "evaluate": "vpt.engine.evaluate",
+    "fit": "vpt.engine.train",
+    "load": "vpt.artifact",
+    "save": "vpt.artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "backbones":
+        return importlib.import_module("vpt.backbones")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,151 @@
+"""The prompt artefact: one safetensors file with the learned tensors and what they belong to."""
+
+import hashlib
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vpt import backbones, methods
+from vpt.backbones.clip import Tokenizer
+from vpt.errors import InputError
+
+FORMAT = 1
+
+
+def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
+    """Write the learned tensors of `model` and their metadata to `path`, atomically.
+
+    Args:
+        model: from `vpt.attach`.
+        path: ends in .safetensors.
+        **details: JSON values to keep beside, such as `figures` and `split_hash`.
+    """
+    path = Path(path)
+    config = model.backbone.config
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.artifact_tensors().items()}
+    metadata = {
+        "format": FORMAT,
+        "version": package_version(),
+        "method": model.name,
+        "options": model.options.model_dump(mode="json"),
+        "class_names": model.class_names,
+        "preprocess": model.backbone.preprocess.to_dict(),
+        "backbone": {
+            "name": config.name if config else None,
+            "checkpoint": config.checkpoint if config else None,
+            "fingerprint": model.backbone.fingerprint(),
+        },
+        **details,
+    }
+    text = json.dumps(metadata, sort_keys=True)
+    header = {"vpt": text, "sha256": _digest(tensors, text)}
+    write_atomically(path, safetensors.torch.save(tensors, header))
+    return path
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of an artefact, checked against the digest that it carries.
+
+    Raises:
+        InputError: missing, truncated, not an artefact, or changed since it was written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such artefact")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise InputError(
+            f"{path}: truncated, or not a safetensors file ({error}): copy or train it again"
+        ) from None
+    if "vpt" not in header:
+        raise InputError(f"{path}: a safetensors file, but not a prompt artefact of this package")
+    if header.get("sha256") != _digest(tensors, header["vpt"]):
+        raise InputError(f"{path}: changed since it was written: copy or train it again")
+    metadata = json.loads(header["vpt"])
+    if metadata["format"] != FORMAT:
+        raise InputError(
+            f"{path}: format {metadata['format']}, but this version reads {FORMAT}: update vpt"
+        )
+    return tensors, metadata
+
+
+def load(
+    path: str | Path, backbone: nn.Module | None = None, tokenizer: Tokenizer | None = None
+) -> methods.Method:
+    """The prompted model of an artefact, in eval mode; its metadata is `model.metadata`.
+
+    Args:
+        path: written by `save`.
+        backbone: the model it was trained on; None loads it as the artefact says.
+        tokenizer: where the model was attached with one of its own.
+
+    Raises:
+        InputError: as `read`; another backbone than the one it was trained on; one that the
+            artefact cannot name.
+    """
+    tensors, metadata = read(path)
+    made_for = metadata["backbone"]
+    if backbone is None:
+        if made_for["name"] is None:
+            raise InputError(f"{path}: does not know its backbone's name: give backbone=MODEL")
+        backbone = backbones.load(made_for["name"], made_for["checkpoint"])
+    adapted = backbones.adapt(backbone)
+    if adapted.fingerprint() != made_for["fingerprint"]:
+        raise InputError(
+            f"{path}: made for backbone {made_for['name'] or 'unnamed'} with fingerprint "
+            f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
+            "give the backbone that it was trained on"
+        )
+    model = methods.attach(
+        adapted,
+        metadata["method"],
+        class_names=metadata["class_names"],
+        tokenizer=tokenizer,
+        **metadata["options"],
+    )
+    expected = {name: tensor.shape for name, tensor in model.artifact_tensors().items()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise InputError(
+            f"{path}: its tensors are not those of method {metadata['method']} in this version: "
+            f"install version {metadata['version']}"
+        )
+    model.load_state_dict(tensors, strict=False)
+    model.metadata = metadata
+    return model.eval()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that a kill at any time leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def package_version() -> str:
+    """This package's version, or `unknown` where it is not installed."""
+    try:
+        return version("visual-prompt-tuning")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,158 @@
+"""Frozen backbones: loaded by name or from a local file, adapted by type."""
+
+import importlib
+import logging
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import open_clip
+import safetensors.torch
+import timm
+from torch import Tensor, nn
+
+from vpt import resources
+from vpt.backbones.base import Backbone, share
+from vpt.config import BackboneConfig, read_yaml, validate
+from vpt.errors import InputError, close
+
+__all__ = ["Backbone", "adapt", "families", "load"]
+
+TINY_CLIP = Path(__file__).parent / "tiny_clip"
+
+
+def families() -> list[type[Backbone]]:
+    """The adapter of every family: each module of this package that has one."""
+    modules = (info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+    return [importlib.import_module(f"{__name__}.{module}").Adapter for module in modules]
+
+
+def adapt(model: nn.Module) -> Backbone:
+    """A frozen view of `model` (a timm or open_clip model, or a Backbone) that shares its weights.
+
+    Raises:
+        InputError: no family knows this type of model.
+    """
+    if isinstance(model, Backbone):
+        return share(model)
+    for family in families():
+        if family.fits(model):
+            return family(model)
+    known = "; ".join(family.family for family in families())
+    raise InputError(f"{type(model).__name__} cannot be prompted: supported are {known}")
+
+
+def load(name: str, checkpoint: str | None = None) -> Backbone:
+    """The backbone called `name`: under configs/backbone, of timm, or of open_clip.
+
+    Args:
+        name: `timm:` or `open_clip:` before it says whose, where both could know it (hub names).
+        checkpoint: a local file of weights (safetensors, or a pickle of tensors only), an
+            open_clip tag such as `openai`, or None for the name's own default.
+
+    Raises:
+        InputError: unknown name, weights that are missing, unreadable or of another model, or
+            that can't be downloaded.
+    """
+    config = BackboneConfig(name=name, checkpoint=checkpoint)
+    if name in resources.names("configs/backbone"):
+        path = resources.find("configs/backbone", name)
+        preset = validate(BackboneConfig, dict(read_yaml(path)), where=str(path))
+        name, checkpoint = preset.name, checkpoint or preset.checkpoint
+    library, _, rest = name.partition(":")
+    if name == "tiny_clip":
+        model = _tiny_clip()
+    elif library == "timm" or (library != "open_clip" and timm.is_model(name.split(".")[0])):
+        model = _timm(rest if library == "timm" else name, checkpoint)
+    elif library == "open_clip" or name in open_clip.list_models() or ":" in name:
+        model = _open_clip(rest if library == "open_clip" else name, checkpoint)
+    else:
+        presets = resources.names("configs/backbone")
+        known = close(name, [*presets, *timm.list_models(), *open_clip.list_models()])
+        hint = f"; did you mean {known!r}?" if known else f"; presets: {', '.join(presets)}"
+        raise InputError(f"backbone.name={name}: not known to timm or open_clip{hint}")
+    backbone = adapt(model)
+    backbone.config = config
+    return backbone
+
+
+def _timm(name: str, checkpoint: str | None) -> nn.Module:
+    if checkpoint is None:
+        with _one_line(name, checkpoint):
+            return timm.create_model(name, pretrained=True)
+    state = _read_weights(checkpoint)
+    head = state.get("head.weight")
+    classes = 0 if head is None else len(head)
+    with _one_line(name, checkpoint):
+        return timm.create_model(
+            name,
+            pretrained=True,
+            num_classes=classes,
+            # strict only where the head's size is the one announced
+            pretrained_cfg_overlay={"state_dict": state, "num_classes": classes},
+        )
+
+
+def _open_clip(name: str, checkpoint: str | None) -> nn.Module:
+    if checkpoint and checkpoint not in open_clip.list_pretrained_tags_by_model(name):
+        _read_weights(checkpoint)  # missing, unreadable or unsafe: said in one line
+    with _one_line(name, checkpoint), _quiet():
+        return open_clip.create_model(name, pretrained=checkpoint, require_pretrained=True)
+
+
+def _tiny_clip() -> nn.Module:
+    """The embedded CLIP. Token rows that were not trained take the mean of those that were."""
+    with _quiet():
+        model = open_clip.create_model(f"local-dir:{TINY_CLIP}", load_weights=False)
+    state = safetensors.torch.load_file(TINY_CLIP / "weights.safetensors")
+    rows, ids = state.pop("token_rows.weight").float(), state.pop("token_rows.ids").long()
+    embedding = rows.mean(0).repeat(model.vocab_size, 1)
+    embedding[ids] = rows
+    model.load_state_dict({**state, "token_embedding.weight": embedding})
+    return model
+
+
+def _read_weights(checkpoint: str) -> dict[str, Tensor]:
+    """Tensors of a local file. Pickles are read with `weights_only`: nothing is executed."""
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"backbone.checkpoint={checkpoint}: no such file, and no tag of this model"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: not a file of weights that can be read safely ({reason})"
+        ) from None
+
+
+@contextmanager
+def _one_line(name: str, checkpoint: str | None) -> Iterator[None]:
+    """Turn what timm, open_clip and the hub raise into one line with the mend."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if checkpoint and Path(checkpoint).expanduser().is_file():
+            message = " ".join(line.strip() for line in lines[:3])
+            raise InputError(f"{checkpoint}: does not fit {name}: {message}") from None
+        raise InputError(
+            f"weights of {name} could not be downloaded ({lines[0]}): give backbone.checkpoint=FILE"
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs every step, and warns of random weights that are about to be replaced."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,110 @@
+"""The command line. Heavy imports wait until a command needs them, so `--help` is instant."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpt.errors import InputError
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+app = typer.Typer(
+    help="Learnable prompts for frozen vision transformers and CLIP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as data.shots=16.")
+]
+Artefact = Annotated[Path, typer.Argument(help="A prompt.safetensors that `vpt train` wrote.")]
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds.")] = 1,
+) -> None:
+    """Adapt the embedded tiny CLIP to handwritten digits with six methods: offline, two minutes."""
+    from vpt.quickstart import quickstart
+
+    quickstart(out, seeds)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A path, or a name from `vpt list configs`.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
+) -> None:
+    """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES."""
+    from vpt.config import load_run
+    from vpt.engine.run import run
+
+    _print_figures(run(load_run(config, overrides or []), resume=resume, log=_say))
+
+
+@app.command(name="eval")
+def evaluate(
+    artefact: Artefact,
+    overrides: Overrides = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All of data.root is test data the prompt never saw.")
+    ] = False,
+) -> None:
+    """Test an artefact on the held-out images of its data, or on other labelled images."""
+    from vpt.engine.apply import evaluate
+
+    _print_figures(evaluate(artefact, overrides or [], every=every, log=_say))
+
+
+@app.command()
+def predict(
+    artefact: Artefact,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Classify images."""
+    from vpt.engine.apply import predict
+
+    for prediction in predict(artefact, images):
+        if as_json:
+            print(json.dumps(prediction))
+        else:
+            print(f"{prediction['path']}\t{prediction['class']}\t{prediction['probability']:.3f}")
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, datasets, backbones or configs.")],
+) -> None:
+    """Show what is there: methods, datasets, backbones or configs."""
+    from vpt.catalog import catalog
+
+    for name, description in catalog(what):
+        print(f"{name:28} {description}")
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit code 1."""
+    try:
+        app()
+    except InputError as error:
+        print(f"vpt: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print_figures(figures: dict[str, object]) -> None:
+    for name, value in figures.items():
+        print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")

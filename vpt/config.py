@@ -1,0 +1,204 @@
+"""Typed run configuration: YAML files, then `key=value` overrides; unknown keys are errors."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from vpt import resources
+from vpt.errors import InputError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+Augment = Literal["none", "crop", "crop_flip"]
+
+
+class Strict(BaseModel):
+    """A section of a configuration: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneConfig(Strict):
+    """Which frozen model: a name under configs/backbone, of timm or of open_clip."""
+
+    name: str
+    checkpoint: str | None = None  # a local file, or a hub tag; None: the name's own default
+
+
+class DataConfig(Strict):
+    """Which labelled images, and how many of each class to learn from."""
+
+    name: str | None = None  # a card under datasets/; None: recognised from `root`
+    root: Path | None = None
+    shots: PositiveInt | None = 16  # images a class; None: all
+    seed: int = 1
+    classes: list[str] | None = None  # class names in label order, instead of the data's own
+    templates: list[str] | None = None  # instead of the card's
+    augment: Augment | None = None  # None: the card's
+    workers: NonNegativeInt = 0
+
+
+class MethodConfig(BaseModel):
+    """A method's name and its own options, which the method itself checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but the name."""
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Strict):
+    """How the prompt is trained. `lr` is used as it is: no hidden scaling by the batch size."""
+
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 32
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    # cosine: linear warm-up from 0, then to 0 (KMnP/vpt). dassl: `warmup_lr` during warm-up, then
+    # a cosine whose period is all epochs (Dassl). constant: `lr` throughout.
+    schedule: Literal["cosine", "dassl", "constant"] = "cosine"
+    warmup_epochs: NonNegativeInt = 10
+    warmup_lr: float = Field(1e-5, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
+    seed: int = 1
+
+
+class Expected(Strict):
+    """The result that a run configuration should give, measured by its author."""
+
+    accuracy: float = Field(ge=0, le=1)
+    within: float = Field(gt=0, le=1)
+    measured_on: str
+
+
+class RunConfig(Strict):
+    """One run: config → data → backbone → method → training → artefact and figures."""
+
+    backbone: BackboneConfig
+    data: DataConfig = DataConfig()
+    method: MethodConfig
+    train: TrainConfig = TrainConfig()
+    out: Path | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
+    expected: Expected | None = None
+
+    @property
+    def hash(self) -> str:
+        """Names the run: changes with every setting that can change its result."""
+        settings = self.model_dump(mode="json", exclude={"out", "expected"})
+        del settings["data"]["workers"]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run configuration `config`, a path or a name under configs/run, with `key=value`s.
+
+    The method's own recipe under configs/method comes first, then the file, then the overrides.
+    An override of `method.name` drops what the file says for the method that it replaces.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key or a value out of its range.
+    """
+    path = Path(config)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = resources.find("configs/run", config)
+    file = read_yaml(path)
+    changes = _dotlist(overrides)
+    chosen = OmegaConf.select(changes, "method.name")
+    named = OmegaConf.select(file, "method.name")
+    if chosen is not None and chosen != named:
+        for section in ("method", "train", "expected"):
+            file.pop(section, None)
+    method = chosen or named
+    if not isinstance(method, str):
+        raise InputError(f"{path}: method.name is missing: give method.name=NAME")
+    recipe = read_yaml(resources.find("configs/method", method))
+    merged = OmegaConf.to_container(_merge(recipe, file, changes))
+    return validate(RunConfig, merged, where=str(config))
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`settings` with `key=value`s put over them.
+
+    Raises:
+        InputError: an override that is not key=value.
+    """
+    return OmegaConf.to_container(_merge(OmegaConf.create(settings), _dotlist(overrides)))
+
+
+def save_yaml(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, so that `vpt train PATH` repeats the run."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def validate(model: type[Model], values: Any, where: str) -> Model:
+    """`model(**values)`, with pydantic's errors said in one line each key; `where` names the file.
+
+    Raises:
+        InputError: an unknown key (with the nearest valid one), a wrong type, a value out of range.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            fields = _fields_at(model, first["loc"][:-1])
+            raise InputError(
+                f"{where}: unknown key {key!r}{nearest(str(first['loc'][-1]), fields)}"
+            ) from None
+        if first["type"] == "missing":
+            raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
+        raise InputError(f"{where}: {key}={first['input']!r}: {first['msg'].lower()}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML mapping as an OmegaConf node.
+
+    Raises:
+        InputError: the file is missing, or is not a YAML mapping.
+    """
+    try:
+        node = OmegaConf.load(path)
+    except OSError:
+        raise InputError(f"{path}: no such file") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+    if not OmegaConf.is_dict(node):
+        raise InputError(f"{path}: not a mapping of keys to values")
+    return node
+
+
+def _dotlist(overrides: Sequence[str]) -> Any:
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"{item!r}: not key=value, such as data.shots=16")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise InputError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+
+
+def _merge(*nodes: Any) -> Any:
+    try:
+        return OmegaConf.merge(*nodes)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise InputError(str(error).splitlines()[0]) from None
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), model)
+    return list(model.model_fields)

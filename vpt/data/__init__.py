@@ -1,0 +1,1 @@
+"""Cards → sources → few-shot splits → transforms → loaders."""

@@ -1,0 +1,156 @@
+"""Image files: found, checked, and read as RGB whatever their mode; samples made of them."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vpt.errors import InputError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images with their labels, as files or as one uint8 array (N, H, W) or (N, H, W, 3).
+
+    `labels` is (N,) int64; `names` identify the samples wherever the data lie: the path below the
+    root, or `train/17` in an array.
+    """
+
+    images: Sequence[Path] | np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    patients: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Samples":
+        """The samples at `indices`, in that order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        whole = isinstance(self.images, np.ndarray)
+        return Samples(
+            self.images[chosen] if whole else [self.images[i] for i in chosen],
+            self.labels[chosen],
+            [self.names[i] for i in chosen],
+            self.patients and [self.patients[i] for i in chosen],
+        )
+
+    def read(self, index: int) -> Image.Image:
+        """One image as RGB."""
+        image = self.images[index]
+        return array_to_image(image) if isinstance(image, np.ndarray) else read_image(image)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files below `folder`, by suffix, in an order that no file system changes."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return [
+        path
+        for relative, path in sorted(found.items())
+        if path.suffix.lower() in SUFFIXES
+        and not any(is_hidden(part) for part in relative.split("/"))
+        and path.is_file()
+    ]
+
+
+def is_hidden(name: str) -> bool:
+    """True for files and folders that are not the user's: `.x`, and the `__MACOSX` of archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image as RGB, upright by its EXIF orientation, transparency on white.
+
+    16-bit grey is scaled from its full range, 0–65535 (see `_grey8`).
+
+    Raises:
+        InputError: the file is missing, truncated, too large or not an image.
+    """
+    try:
+        return _decode(path)
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, …
+        raise InputError(
+            f"{path}: not an image that can be read ({_reason(error)}): replace or remove it"
+        ) from None
+
+
+def check_images(paths: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> None:
+    """Decode every file once, JPEG at 1/8 scale; `progress(done, total)` after each.
+
+    Raises:
+        InputError: names the first three that can't be read, and says how many there are.
+    """
+    bad = []
+    with ThreadPoolExecutor() as pool:  # Pillow's decoders release the GIL
+        for done, problem in enumerate(pool.map(_problem, paths), start=1):
+            if problem:
+                bad.append(problem)
+            if progress:
+                progress(done, len(paths))
+    if bad:
+        more = ", …" if len(bad) > 3 else ""
+        raise InputError(
+            f"{len(bad)} of {len(paths)} images can't be read: {', '.join(bad[:3])}{more}: "
+            "replace or remove them"
+        )
+
+
+def array_to_image(array: np.ndarray) -> Image.Image:
+    """RGB image of a uint8 array (H, W), (H, W, 1) or (H, W, 3).
+
+    Raises:
+        InputError: another shape or type.
+    """
+    channels = array.shape[2:]
+    if array.dtype != np.uint8 or array.ndim < 2 or channels not in {(), (1,), (3,)}:
+        raise InputError(
+            f"image array of shape {array.shape} and type {array.dtype}: "
+            "expects uint8 and (H, W), (H, W, 1) or (H, W, 3)"
+        )
+    return Image.fromarray(array[..., 0] if channels == (1,) else array).convert("RGB")
+
+
+def _decode(path: Path, draft: bool = False) -> Image.Image:
+    # Not Image.open(path): Pillow then maps a TIFF with an EXIF orientation with its sides swapped.
+    with path.open("rb") as file, Image.open(file) as opened:
+        if draft:
+            opened.draft(None, (max(1, opened.width // 8), max(1, opened.height // 8)))
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith(("I", "F")):  # I, I;16, I;16B, F
+        image = _grey8(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert("RGB")
+
+
+def _grey8(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion to 8 bits clips at 255, which turns a 16-bit scan white. The scale is
+    # the same for all images (not each one's own maximum), so that brightness stays comparable.
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    full = 1 if image.mode == "F" and high <= 1 else 65535  # float files hold 0–1 or 16-bit values
+    if not (low >= 0 and high <= full):  # also NaN
+        raise ValueError(f"grey values {low:g} to {high:g} are not within 0 to 65535")
+    return Image.fromarray(np.rint(pixels * 255 / full).astype(np.uint8))
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        _decode(path, draft=True)
+    except Exception as error:
+        return f"{path} ({_reason(error)})"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no known image format"
+    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return message.splitlines()[0]

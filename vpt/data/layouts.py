@@ -1,0 +1,220 @@
+"""One reader a layout: files below a root → class names in label order, and parts of samples."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vpt.data.cards import Card
+from vpt.data.images import Samples, find_images, is_hidden
+from vpt.errors import InputError
+
+Read = tuple[list[str], dict[str, Samples]]
+_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def some(names: Collection[str]) -> str:
+    """The first five names, sorted."""
+    return ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _digits(root: None, card: Card) -> Read:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    names = [f"all/{i}" for i in range(len(images))]
+    class_names = [str(name) for name in digits.target_names]
+    return class_names, {"all": Samples(images, digits.target.astype(np.int64), names)}
+
+
+def _folder(root: Path, card: Card) -> Read:
+    folders = _subfolders(root)
+    named = {_PARTS[f.name.lower()]: f for f in folders if f.name.lower() in _PARTS}
+    if "train" in named:
+        found = {part: _class_folders(folder) for part, folder in named.items()}
+    elif named and len(named) == len(folders):
+        raise InputError(f"{root}: {folders[0].name}/ but no train/: add train/ beside it")
+    else:
+        found = {"train": _class_folders(root)}
+    class_names = sorted(found["train"])
+    parts = {}
+    for part, classes in found.items():
+        differing = classes.keys() ^ found["train"].keys()
+        if differing:
+            raise InputError(
+                f"{root}: class folders of train and {part} differ: only one of them has "
+                f"{some(differing)}: give both the same"
+            )
+        files = [
+            (path.relative_to(root).as_posix(), label)
+            for label, name in enumerate(class_names)
+            for path in classes[name]
+        ]
+        parts[part] = _files(root, files)
+    return class_names, _train_and_test(parts)
+
+
+def _class_folders(folder: Path) -> dict[str, list[Path]]:
+    classes = {subfolder.name: find_images(subfolder) for subfolder in _subfolders(folder)}
+    if not classes and find_images(folder):
+        raise InputError(
+            f"{folder}: the images lie directly in it: move them into one folder a class"
+        )
+    if not classes:
+        raise InputError(f"{folder}: no class folders: put the images into one folder a class")
+    for name, images in classes.items():
+        if not images:
+            raise InputError(f"{folder / name}: class folder without images: fill or remove it")
+    return classes
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def _csv(root: Path, card: Card) -> Read:
+    rows: dict[str, list[dict[str, str]]] = {}
+    lines: dict[str, int] = {}
+    for line, row in _csv_rows(root):
+        where = f"{root}, line {line}"
+        for column in ("path", "label", "patient"):
+            if row.get(column) == "":
+                raise InputError(f"{where}: {column} is empty: fill it or remove the line")
+        part = row.get("split", "train")
+        if part not in _PARTS:
+            raise InputError(f"{where}: split={part!r}: write train, val or test")
+        if not (root.parent / row["path"]).is_file():
+            raise InputError(f"{where}: {row['path']}: no such file: mend the path")
+        row["path"] = Path(os.path.relpath(root.parent / row["path"], root.parent)).as_posix()
+        if lines.setdefault(row["path"], line) != line:
+            raise InputError(
+                f"{where}: {row['path']} is already in line {lines[row['path']]}: remove one"
+            )
+        rows.setdefault(_PARTS[part], []).append(row)
+    if "train" not in rows:
+        raise InputError(f"{root}: no line for training: add path,label lines (split: train)")
+    labels = {row["label"] for part in rows.values() for row in part}
+    numbers = all(label.isdecimal() for label in labels)
+    class_names = sorted(labels, key=int if numbers else str)
+    index = {name: label for label, name in enumerate(class_names)}
+    parts = {}
+    for part, chosen in rows.items():
+        patients = [row["patient"] for row in chosen] if "patient" in chosen[0] else None
+        files = [(row["path"], index[row["label"]]) for row in chosen]
+        parts[part] = _files(root.parent, files, patients)
+    return class_names, _train_and_test(parts)
+
+
+def _csv_rows(root: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    try:
+        with root.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
+            for column in ("path", "label"):
+                if column not in columns:
+                    raise InputError(
+                        f"{root}, line 1: no column {column!r} in {','.join(columns)!r}: the "
+                        "header is path,label[,split][,patient]"
+                    )
+            for row in reader:
+                yield reader.line_num, {column: row[column].strip() for column in columns}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{root}: not CSV in UTF-8 ({error}): save it as such") from None
+
+
+def _npz(root: Path, card: Card) -> Read:
+    try:
+        with np.load(root, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception:  # zipfile, zlib and numpy each raise their own
+        raise InputError(
+            f"{root}: not a whole .npz file of plain arrays: download it again"
+        ) from None
+    parts = {}
+    for part in ("train", "val", "test"):
+        if part == "val" and not {"val_images", "val_labels"} & arrays.keys():
+            continue
+        for key in (f"{part}_images", f"{part}_labels"):
+            if key not in arrays:
+                raise InputError(f"{root}: no {key} among {some(arrays)}: name it as MedMNIST does")
+        parts[part] = _arrays(root, part, arrays[f"{part}_images"], arrays[f"{part}_labels"])
+    labels = np.concatenate([samples.labels for samples in parts.values()])
+    if labels.min(initial=0) < 0:
+        raise InputError(f"{root}: label {labels.min()}: labels must count from 0")
+    return [str(label) for label in range(labels.max(initial=0) + 1)], parts
+
+
+def _arrays(root: Path, part: str, images: np.ndarray, labels: np.ndarray) -> Samples:
+    if images.dtype != np.uint8 or not (images.ndim == 3 or images.shape[3:] == (3,)):
+        raise InputError(
+            f"{root}: {part}_images is {images.dtype} {images.shape}: it must be uint8 (N, H, W) "
+            "or (N, H, W, 3)"
+        )
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise InputError(
+            f"{root}: {part}_labels is multi-label, {labels.shape}, which is not supported yet: "
+            "give one label an image"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape not in {(len(images),), (len(images), 1)}:
+        raise InputError(
+            f"{root}: {part}_labels is {labels.dtype} {labels.shape}: it must be {len(images)} "
+            "integers, one an image"
+        )
+    names = [f"{part}/{i}" for i in range(len(images))]
+    return Samples(images, labels.reshape(-1).astype(np.int64), names)
+
+
+def _zhou(root: Path, card: Card) -> Read:
+    path = root / str(card.split_file)
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))
+        rows = [
+            (part, f"{card.images}/{file}", int(label), str(name))
+            for part in ("train", "val", "test")
+            for file, label, name in split[part]
+        ]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: {card.get}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f'{path}: not {{"train": [[path, label, class], …], "val": …, "test": …}}: {card.get}'
+        ) from None
+    class_names = dict(sorted({label: name for _, _, label, name in rows}.items()))
+    if list(class_names) != list(range(len(class_names))):
+        raise InputError(f"{path}: labels are not 0 to {len(class_names) - 1}: {card.get}")
+    missing = [file for _, file, _, _ in rows if not (root / file).is_file()]
+    if missing:
+        raise InputError(
+            f"{root}: {len(missing)} files of {path.name} are missing, first {missing[0]}: "
+            f"{card.get}"
+        )
+    parts = {
+        part: _files(root, [(file, label) for p, file, label, _ in rows if p == part])
+        for part in ("train", "val", "test")
+    }
+    return list(class_names.values()), parts
+
+
+def _files(
+    root: Path, files: Sequence[tuple[str, int]], patients: list[str] | None = None
+) -> Samples:
+    names = [name for name, _ in files]
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    return Samples([root / name for name in names], labels, names, patients)
+
+
+def _train_and_test(parts: dict[str, Samples]) -> dict[str, Samples]:
+    return parts if "test" in parts else {"all": parts["train"]}
+
+
+READERS: dict[str, Callable[..., Read]] = {
+    "digits": _digits,
+    "folder": _folder,
+    "csv": _csv,
+    "npz": _npz,
+    "zhou": _zhou,
+}

@@ -1,0 +1,126 @@
+"""Samples → batches: crops cached, augmentation repeatable whatever the number of workers."""
+
+import random
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from vpt.config import Augment
+from vpt.data.sources import Samples
+from vpt.data.transforms import Preprocess, augmentation
+
+CACHE_BYTES = 2**30  # all workers together
+
+
+class ImageDataset(Dataset):
+    """Samples as (uint8 (H, W, 3), label), cropped as at evaluation or augmented.
+
+    An index may carry its epoch, as `epoch * len(dataset) + index` (see `EpochSampler`). What does
+    not change between epochs is cached up to CACHE_BYTES: the crop, or, before an augmentation,
+    the decoded image.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        preprocess: Preprocess,
+        augment: Augment = "none",
+        seed: int = 0,
+        cache: bool = True,
+    ) -> None:
+        self.samples = samples
+        self.seed = seed
+        self.prepare = np.asarray if augment != "none" else preprocess.crop()
+        self.augment = None if augment == "none" else augmentation(augment, preprocess)
+        self.cache: dict[int, np.ndarray] = {}
+        self.cache_left = CACHE_BYTES if cache else 0
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether an image is the same in every epoch."""
+        return self.augment is None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        # The epoch travels with the index: workers that persist are copies made before the first
+        # epoch, and would never see a `set_epoch` of the data set.
+        epoch, index = divmod(position, len(self))
+        image = self._prepared(index)
+        if self.augment is not None:
+            self.augment.set_random_seed(_seed(self.seed, epoch, index))
+            image = self.augment(image=image)["image"]
+        return image, int(self.samples.labels[index])
+
+    def _prepared(self, index: int) -> np.ndarray:
+        if index in self.cache:
+            return self.cache[index]
+        image = self.prepare(self.samples.read(index))
+        worker = get_worker_info()
+        size = image.nbytes * (worker.num_workers if worker else 1)
+        if size <= self.cache_left:
+            self.cache_left -= size
+            self.cache[index] = image
+        return image
+
+
+class EpochSampler(Sampler[int]):
+    """A new order each epoch, given by (seed, epoch); yields `epoch * length + index`."""
+
+    def __init__(self, length: int, seed: int = 0) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Call before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        return iter((self.epoch * self.length + order).tolist())
+
+
+def make_loader(
+    samples: Samples,
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    train: bool = False,
+    augment: Augment = "none",
+    seed: int = 0,
+    workers: int = 0,
+) -> DataLoader:
+    """Batches of (float32 (B, 3, H, W), int64 (B,)); the last may be smaller.
+
+    `train` shuffles: call `loader.sampler.set_epoch(epoch)` before each epoch. Without it, the
+    order is that of `samples`.
+    """
+    return DataLoader(
+        ImageDataset(samples, preprocess, augment, seed),
+        batch_size,
+        sampler=EpochSampler(len(samples), seed) if train else None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=partial(_collate, preprocess),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _collate(
+    preprocess: Preprocess, batch: list[tuple[np.ndarray, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*batch, strict=True)
+    return preprocess.normalize(torch.from_numpy(np.stack(images))), torch.tensor(labels)
+
+
+def _seed(*parts: int) -> int:
+    return random.Random(repr(parts)).getrandbits(32)

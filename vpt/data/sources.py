@@ -1,0 +1,135 @@
+"""Opens the data that a configuration means: card and root → class names, templates, parts."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpt import resources
+from vpt.config import Augment, DataConfig
+from vpt.data.cards import Card, load_card
+from vpt.data.images import Samples
+from vpt.data.layouts import READERS, some
+from vpt.errors import InputError
+
+__all__ = ["Samples", "Source", "open_source"]
+
+_ROOTS = {"folder": "folder", "zhou": "folder", "csv": ".csv file", "npz": ".npz file"}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set: parts train + test (+ val), or the one part `all` where it has no test part."""
+
+    name: str
+    card: Card
+    class_names: list[str]
+    templates: list[str]
+    augment: Augment
+    parts: dict[str, Samples]
+
+
+def open_source(config: DataConfig) -> Source:
+    """The data that `data.name` and `data.root` mean; image files are listed, not read.
+
+    Raises:
+        InputError: missing or wrong files, a layout that `data.root` does not have, names or
+            templates that do not fit.
+    """
+    root = None if config.root is None else config.root.expanduser()
+    name = config.name or _recognise(root)
+    card = load_card(name)
+    if card.task == "multilabel":
+        raise InputError(f"data.name={name}: multi-label data is not supported yet: choose another")
+    _check_root(root, name, card)
+    if root is not None:
+        _check_sums(root, card)
+    found, parts = READERS[card.layout](root, card)
+    templates = card.templates if config.templates is None else config.templates
+    for template in templates or [""]:
+        if template.count("{}") != 1:
+            raise InputError(f"data.templates: {template!r} needs {{}} once, for the class name")
+    return Source(
+        name=name,
+        card=card,
+        class_names=_class_names(found, config, card, where=f"data.root={root}"),
+        templates=templates,
+        augment=config.augment or card.augment,
+        parts=parts,
+    )
+
+
+def _class_names(found: list[str], config: DataConfig, card: Card, where: str) -> list[str]:
+    """The configuration's names, else the card's, else those `found` in the files."""
+    if card.num_classes not in (None, len(found)):
+        raise InputError(f"{where}: {len(found)} classes, not {card.num_classes}: {card.get}")
+    if len(found) < 2:
+        raise InputError(
+            f"{where}: only one class, {found[0]!r}: give two or more, or the folder of the "
+            "class folders"
+        )
+    if config.classes is not None:
+        if len(config.classes) != len(found):
+            raise InputError(
+                f"data.classes has {len(config.classes)} names, but the data has {len(found)} "
+                "classes: give one name a class"
+            )
+        return config.classes
+    # Files may carry no names (arrays), codes (ImageNet's n01440764) or the card's own names. In
+    # the last case theirs is the label order.
+    if card.classes is None or set(card.classes) == set(found):
+        return found
+    if set(card.classes) & set(found):
+        differing = some(set(card.classes) ^ set(found))
+        raise InputError(f"{where}: classes differ from the card's: {differing}: {card.get}")
+    return card.classes
+
+
+def _recognise(root: Path | None) -> str:
+    if root is None:
+        raise InputError("no data: give data.root=PATH or data.name=NAME")
+    if not root.exists():
+        raise InputError(f"data.root={root}: no such file or folder: mend the path")
+    if root.is_dir():
+        return "folder"
+    suffix = root.suffix.lower()
+    if suffix == ".npz":  # MedMNIST's own file names: breastmnist.npz, breastmnist_224.npz
+        stem = re.sub(r"_\d+$", "", root.stem)
+        known = stem in resources.names("datasets") and load_card(stem).layout == "npz"
+        return stem if known else "npz"
+    if suffix == ".csv":
+        return "csv"
+    raise InputError(f"data.root={root}: not a folder, .csv or .npz: unpack it if it is an archive")
+
+
+def _check_root(root: Path | None, name: str, card: Card) -> None:
+    if card.layout == "digits":
+        if root is not None:
+            raise InputError(f"data.root={root}: data.name={name} reads no files: drop one of them")
+        return
+    if root is None:
+        raise InputError(f"data.name={name} needs data.root=PATH: {card.get}")
+    if not root.exists():
+        raise InputError(f"data.root={root}: no such file or folder: {card.get}")
+    expected = _ROOTS[card.layout]
+    found = "folder" if root.is_dir() else f"{root.suffix.lower()} file"
+    if found != expected:
+        raise InputError(
+            f"data.root={root}: data.name={name} expects a {expected}, not a {found}: {card.get}"
+        )
+
+
+def _check_sums(root: Path, card: Card) -> None:
+    paths = [root / name for name in card.checksums] if root.is_dir() else [root]
+    for path in paths:
+        published = card.checksums.get(path.name)
+        if published is None or not path.is_file():
+            continue
+        algorithm, _, digest = published.partition(":")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        if found != digest:
+            raise InputError(
+                f"{path}: checksum {algorithm}:{found} differs from the published {published}: "
+                "download it again"
+            )

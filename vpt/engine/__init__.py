@@ -1,0 +1,1 @@
+"""Training, evaluation, and runs that leave a folder of results."""

@@ -1,0 +1,111 @@
+"""An artefact at work: its figures on labelled images, its predictions on others."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vpt import artifact, backbones
+from vpt.config import (
+    BackboneConfig,
+    DataConfig,
+    Strict,
+    apply_overrides,
+    read_yaml,
+    validate,
+)
+from vpt.data.fewshot import split_shots
+from vpt.data.images import check_images, find_images
+from vpt.data.loaders import make_loader
+from vpt.data.sources import Samples, open_source
+from vpt.engine.evaluate import EVAL_BATCH, metrics
+from vpt.engine.evaluate import predict as logits_and_labels
+from vpt.engine.run import Log, RunFolder
+from vpt.errors import InputError
+
+
+class Settings(Strict):
+    """What `vpt eval` can be told."""
+
+    data: DataConfig
+    backbone: BackboneConfig
+
+
+def evaluate(
+    path: Path, overrides: Sequence[str] = (), *, every: bool = False, log: Log = print
+) -> dict[str, Any]:
+    """Figures of the artefact at `path` on the held-out images of the split it was trained with.
+
+    Args:
+        path: the artefact. Its data root comes from `overrides` or the run's config.yaml beside it.
+        overrides: `data.…=` and `backbone.…=`.
+        every: test on all images of `data.root`, which must hold none of the training images.
+        log: takes lines for the user.
+
+    Raises:
+        InputError: as `artifact.load`; data that is not the split the artefact was trained with.
+    """
+    _, metadata = artifact.read(path)
+    beside = RunFolder(path.parent).config
+    root = read_yaml(beside).data.root if beside.is_file() else None
+    settings = {
+        "data": {**metadata["data"], "root": root},
+        "backbone": {key: metadata["backbone"][key] for key in ("name", "checkpoint")},
+    }
+    settings = validate(Settings, apply_overrides(settings, overrides), where=str(path))
+    source = open_source(settings.data)
+    differing = set(source.class_names) ^ set(metadata["class_names"])
+    if differing:
+        raise InputError(
+            f"{path}: its classes are not the data's: {', '.join(sorted(differing)[:5])} in one of "
+            "them only"
+        )
+    if every:
+        test = source.parts.get("all") or source.parts["test"]
+    else:
+        split = split_shots(source, settings.data.shots, settings.data.seed)
+        if split.hash != metadata.get("split_hash"):
+            raise InputError(
+                f"{path}: trained with split {metadata.get('split_hash')}, but this data gives "
+                f"{split.hash}: give the same data, shots and seed, or --all if none of these "
+                "images was trained on"
+            )
+        test = split.test
+    check_images([image for image in test.images if isinstance(image, Path)])
+    log(f"testing on {len(test)} images")
+    backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
+    model = artifact.load(path, backbone)
+    loader = make_loader(test, model.backbone.preprocess, EVAL_BATCH)
+    return metrics(*logits_and_labels(model, loader))
+
+
+def predict(path: Path, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Class, probability and all probabilities of each image file, in order; folders are searched.
+
+    Raises:
+        InputError: a path that is not there, a folder without images, a file that is no image.
+    """
+    files: list[Path] = []
+    for image in images:
+        found = find_images(image) if image.is_dir() else [image]
+        if not found:
+            raise InputError(f"{image}: no images in this folder")
+        files += found
+    check_images(files)
+    model = artifact.load(path).fold()
+    samples = Samples(files, np.zeros(len(files), np.int64), [str(file) for file in files])
+    loader = make_loader(samples, model.backbone.preprocess, EVAL_BATCH)
+    logits, _ = logits_and_labels(model, loader)
+    for file, row in zip(files, logits.softmax(-1), strict=True):
+        yield {"path": str(file), **_describe(row, model.class_names)}
+
+
+def _describe(probabilities: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+    best = int(probabilities.argmax())
+    return {
+        "class": class_names[best],
+        "probability": probabilities[best].item(),
+        "probabilities": dict(zip(class_names, probabilities.tolist(), strict=True)),
+    }

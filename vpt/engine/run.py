@@ -1,0 +1,215 @@
+"""One run: a configuration in, a folder with the artefact and its figures out."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+
+from vpt import artifact, backbones, methods
+from vpt.config import RunConfig, read_yaml, save_yaml, validate
+from vpt.data.fewshot import Split, split_shots
+from vpt.data.images import check_images
+from vpt.data.loaders import make_loader
+from vpt.data.sources import Samples, Source, open_source
+from vpt.engine.evaluate import EVAL_BATCH, confusion, metrics, predict
+from vpt.engine.figures import draw_confusion
+from vpt.engine.train import Record, fit
+from vpt.errors import InputError
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run leaves its files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record an epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def prompt(self) -> Path:
+        """The artefact."""
+        return self.path / "prompt.safetensors"
+
+    @property
+    def result(self) -> Path:
+        """The figures; there only when the run is finished."""
+        return self.path / "result.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State to resume from; there only while the run is not finished."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def confusion(self) -> Path:
+        """The confusion matrix on the test images."""
+        return self.path / "confusion.png"
+
+
+def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[str, Any]:
+    """Train and evaluate what `config` says; returns the contents of result.json.
+
+    Everything that can be wrong with the input is checked before the first file is written. The
+    test images are read for figures once, after the last epoch.
+
+    Args:
+        config: from `vpt.config.load_run`.
+        resume: continue an interrupted run in its folder; a finished one is returned as it is.
+        log: takes lines for the user.
+
+    Raises:
+        InputError: bad input, or a folder that holds another run.
+    """
+    folder = RunFolder(config.out or default_folder(config))
+    if finished := _finished(folder, config, resume):
+        return finished
+    source = open_source(config.data)
+    split = split_shots(source, config.data.shots, config.data.seed)
+    check_split_images(split)
+    methods.check_options(config.method.name, config.method.options)
+    log(f"data: {describe(source, split)}")
+
+    set_seed(config.train.seed)
+    backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
+    model = methods.attach(
+        backbone,
+        config.method.name,
+        class_names=source.class_names,
+        **method_options(config, source),
+    )
+    tunable = sum(p.numel() for p in model.tunable_parameters().values())
+    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+
+    details = {
+        # no root: an artefact carries no paths of its images
+        "data": config.data.model_dump(exclude={"root", "workers"}) | {"name": source.name},
+        "split_hash": split.hash,
+        "config_hash": config.hash,
+    }
+    main = PartialState().is_main_process
+    if main:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        save_yaml(config, folder.config)
+
+    def keep(history: list[Record]) -> None:
+        artifact.save(model, folder.prompt, **details)
+        lines = "".join(f"{json.dumps(record)}\n" for record in history)
+        artifact.write_atomically(folder.metrics, lines.encode())
+
+    def loader(samples: Samples, train: bool = False) -> Any:
+        return make_loader(
+            samples,
+            backbone.preprocess,
+            config.train.batch_size if train else EVAL_BATCH,
+            train=train,
+            augment=source.augment if train and not model.solved else "none",
+            seed=config.train.seed,
+            workers=config.data.workers,
+        )
+
+    begin = time.perf_counter()
+    try:
+        history = fit(
+            model,
+            loader(split.train, train=True),
+            loader(split.val) if split.val is not None else None,
+            config.train,
+            checkpoint=folder.checkpoint,
+            on_epoch=keep,
+            progress=True,
+        )
+    except InputError as error:
+        kept = f"; the prompt of the epoch before is in {folder.prompt}"
+        raise InputError(f"{error}{kept if folder.prompt.is_file() else ''}") from None
+    train_seconds = sum(record["seconds"] for record in history)
+    log(f"trained in {time.perf_counter() - begin:.0f} s; testing on {len(split.test)} images")
+
+    logits, labels = predict(model, loader(split.test), config.train.precision)
+    figures = metrics(logits, labels)
+    result = {
+        **figures,
+        "tunable_parameters": tunable,
+        "train_seconds": train_seconds,
+        "method": model.name,
+        "backbone": config.backbone.name,
+        "data": source.name,
+        "shots": config.data.shots,
+        "num_train": len(split.train),
+        "seed": config.data.seed,
+        "config_hash": config.hash,
+        "split_hash": split.hash,
+        "version": artifact.package_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    if main:
+        keep(history)
+        artifact.save(model, folder.prompt, **details, figures=figures)
+        draw_confusion(confusion(logits, labels), source.class_names, folder.confusion)
+        artifact.write_atomically(folder.result, json.dumps(result, indent=2).encode())
+        folder.checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def default_folder(config: RunConfig) -> Path:
+    """runs/METHOD-DATA-SHOTSshot-seedSEED."""
+    data = config.data.name or (config.data.root.stem if config.data.root else "data")
+    shots = "all" if config.data.shots is None else f"{config.data.shots}shot"
+    return Path("runs") / f"{config.method.name}-{data}-{shots}-seed{config.data.seed}"
+
+
+def method_options(config: RunConfig, source: Source) -> dict[str, Any]:
+    """The method's options; templates, where it takes them, are the data's unless given."""
+    options = config.method.options
+    if "templates" in methods.find(config.method.name).Options.model_fields:
+        options = {"templates": source.templates, **options}
+    return options
+
+
+def check_split_images(split: Split) -> None:
+    """Decode every image file of the split once, so that a broken one is said before training."""
+    parts = [part for part in (split.train, split.val, split.test) if part is not None]
+    check_images([path for part in parts for path in part.images if isinstance(path, Path)])
+
+
+def describe(source: Source, split: Split) -> str:
+    """The split in words."""
+    val = f", {len(split.val)} validation" if split.val is not None else ""
+    return (
+        f"{source.name}, {len(source.class_names)} classes, {len(split.train)} training{val}, "
+        f"{len(split.test)} test images, split {split.hash}"
+    )
+
+
+def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+    """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
+    if not folder.config.is_file():
+        return None
+    before = validate(RunConfig, dict(read_yaml(folder.config)), where=str(folder.config))
+    if not resume:
+        state = "finished" if folder.result.is_file() else "interrupted"
+        raise InputError(
+            f"{folder.path}: holds a run that is {state}: give --resume, or another out=DIR"
+        )
+    if before.hash != config.hash:
+        raise InputError(
+            f"{folder.path}: holds a run with other settings ({before.hash}, not {config.hash}): "
+            "give another out=DIR"
+        )
+    return json.loads(folder.result.read_text()) if folder.result.is_file() else None

@@ -1,0 +1,222 @@
+"""The training loop: accelerate for devices, one resumable checkpoint an epoch."""
+
+import io
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vpt.artifact import write_atomically
+from vpt.config import TrainConfig
+from vpt.engine.accelerator import make_accelerator
+from vpt.engine.evaluate import EVAL_BATCH, metrics, predict
+from vpt.engine.progress import EpochBar
+from vpt.errors import InputError
+from vpt.methods import Method
+
+Record = dict[str, Any]
+
+
+def fit(
+    model: Method,
+    train: DataLoader,
+    val: DataLoader | None = None,
+    config: TrainConfig | None = None,
+    *,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[list[Record]], None] | None = None,
+    progress: bool = False,
+) -> list[Record]:
+    """Train the tunable parameters of `model`, or solve it where that needs no gradients.
+
+    Deterministic on a CPU for one `config.seed`; the random state is set anew for each epoch, so
+    a resumed run equals an uninterrupted one.
+
+    Args:
+        model: from `vpt.attach`.
+        train: batches (images (B, 3, H, W), labels (B,)).
+        val: evaluated after each epoch and written down; never used to choose anything.
+        config: a TrainConfig; None: its defaults.
+        checkpoint: a file written after each epoch, and continued from where it exists.
+        on_epoch: called by the main process after each epoch with all records so far.
+        progress: show a bar with loss and accuracy.
+
+    Returns:
+        One record an epoch: epoch, lr, loss, accuracy, seconds, and val_accuracy where `val` is.
+
+    Raises:
+        InputError: the loss is not finite; the checkpoint does not belong to this model.
+    """
+    config = config or TrainConfig()
+    accelerator = make_accelerator(config.precision)
+    if model.solved:
+        return _solve(model, train, accelerator)
+    optimizer = make_optimizer(model, config)
+    once = model.frozen_features and getattr(train.dataset, "deterministic", False)
+    loader = _feature_loader(model, train, accelerator) if once else train
+    step, optimizer, batches = accelerator.prepare(_Step(model, once), optimizer, loader)
+    history = _resume(checkpoint, model, optimizer)
+    parameters = list(model.tunable_parameters().values())
+
+    with EpochBar(config.epochs, show=progress and accelerator.is_main_process) as bar:
+        bar.update(history)
+        for epoch in range(len(history), config.epochs):
+            begin = time.perf_counter()
+            set_seed(config.seed + epoch)
+            if hasattr(train.sampler, "set_epoch"):
+                train.sampler.set_epoch(epoch)
+            lr = learning_rate(config, epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            model.train()
+            total = torch.zeros(3, device=accelerator.device)  # loss sum, correct, samples
+            for images, labels in batches:
+                loss, correct = step(images, labels)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                # summed on the device: nothing waits for the GPU inside an epoch
+                count = len(labels)
+                total += torch.stack([loss.detach() * count, correct, correct.new_tensor(count)])
+            loss, correct, count = accelerator.reduce(total).tolist()
+            if not math.isfinite(loss) or not all(p.isfinite().all() for p in parameters):
+                raise InputError(
+                    f"the loss is {loss / count:g} in epoch {epoch}: lower train.lr={config.lr:g}, "
+                    "or give train.precision=fp32"
+                )
+            record = {"epoch": epoch, "lr": lr, "loss": loss / count, "accuracy": correct / count}
+            if val is not None:
+                record["val_accuracy"] = metrics(*predict(model, val, config.precision))["accuracy"]
+            record["seconds"] = time.perf_counter() - begin
+            history.append(record)
+            if accelerator.is_main_process:
+                if on_epoch:
+                    on_epoch(history)
+                if checkpoint:
+                    _write_checkpoint(checkpoint, model, optimizer, history)
+            bar.update(history)
+    model.eval()
+    return history
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Learning rate of `epoch`; at most half of the epochs are warm-up.
+
+    cosine: KMnP/vpt, src/solver/lr_scheduler.py. dassl: Dassl, dassl/optim/lr_scheduler.py, whose
+    cosine starts after the warm-up but has the period of all epochs, so it never reaches 0.
+    """
+    warmup, epochs = min(config.warmup_epochs, config.epochs // 2), config.epochs
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "dassl":
+        if epoch < warmup:
+            return config.warmup_lr
+        turn = (epoch - warmup) / epochs
+    else:
+        if epoch < warmup:
+            return config.lr * epoch / warmup
+        turn = (epoch - warmup) / (epochs - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * turn))
+
+
+def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW on the tunable parameters, with no weight decay on a head's bias."""
+    named = model.tunable_parameters()
+    groups = [
+        {"params": [p for n, p in named.items() if n != "head.bias"]},
+        {"params": [p for n, p in named.items() if n == "head.bias"], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+
+
+class _Step(nn.Module):
+    """A method's loss as a forward pass, so that DistributedDataParallel sees it."""
+
+    def __init__(self, model: Method, from_features: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = model.feature_loss if from_features else model.loss
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = self.loss(inputs, labels)
+        return loss, (logits.argmax(-1) == labels).sum().float()
+
+
+class _Features(Dataset):
+    """Image features (N, dim) and labels (N,), indexed as `ImageDataset` is."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        index = position % len(self)
+        return self.features[index], self.labels[index]
+
+
+def _feature_loader(model: Method, train: DataLoader, accelerator: Accelerator) -> DataLoader:
+    """`train` with every image replaced by its features, computed once: the same batches."""
+    in_order = DataLoader(train.dataset, EVAL_BATCH, collate_fn=train.collate_fn)
+    data = _Features(*_features(model, in_order, accelerator))
+    return DataLoader(data, train.batch_size, sampler=train.sampler)
+
+
+@torch.no_grad()
+def _features(model: Method, loader: DataLoader, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    model.to(accelerator.device).eval()
+    pairs = []
+    for images, labels in accelerator.prepare(loader):
+        with accelerator.autocast():
+            features = model.features(images)
+        pairs.append(accelerator.gather_for_metrics((features.float(), labels)))
+    features, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+    return features, labels
+
+
+def _solve(model: Method, train: DataLoader, accelerator: Accelerator) -> list[Record]:
+    begin = time.perf_counter()
+    features, labels = _features(model, train, accelerator)
+    model.cpu().solve(features, labels)
+    with torch.no_grad():
+        accuracy = (model.logits(features).argmax(-1) == labels).float().mean().item()
+    return [{"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}]
+
+
+def _resume(
+    checkpoint: Path | None, model: Method, optimizer: torch.optim.Optimizer
+) -> list[Record]:
+    """Load what `_write_checkpoint` wrote; the records of the epochs done."""
+    if checkpoint is None or not checkpoint.is_file():
+        return []
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{checkpoint}: cannot be continued from ({reason}): delete it to start again"
+        ) from None
+    return state["history"]
+
+
+def _write_checkpoint(
+    path: Path, model: Method, optimizer: torch.optim.Optimizer, history: list[Record]
+) -> None:
+    buffer = io.BytesIO()
+    state = {"model": model.artifact_tensors(), "optimizer": optimizer.state_dict()}
+    torch.save({**state, "history": history}, buffer)
+    write_atomically(path, buffer.getvalue())

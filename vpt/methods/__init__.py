@@ -1,0 +1,80 @@
+"""One file a method, found by its file name; `attach` puts one on a frozen backbone."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vpt import backbones
+from vpt.backbones.clip import Tokenizer
+from vpt.config import Strict, validate
+from vpt.errors import InputError, nearest
+from vpt.methods.base import Method
+
+__all__ = ["Method", "attach", "check_options", "names"]
+
+
+def names() -> list[str]:
+    """Every method: the modules of this package that define one."""
+    modules = (info.name for info in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if name != "base" and not name.startswith("_"))
+
+
+def find(name: str) -> type[Method]:
+    """The class of the method called `name`.
+
+    Raises:
+        InputError: there is none; says the nearest name.
+    """
+    if name not in names():
+        raise InputError(f"no method {name!r}{nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}").Prompted
+
+
+def check_options(name: str, options: dict[str, Any]) -> Strict:
+    """The method's options, checked.
+
+    Raises:
+        InputError: unknown method or option, wrong type, value out of range.
+    """
+    return validate(find(name).Options, options, where=f"method {name}")
+
+
+def attach(
+    backbone: nn.Module,
+    method: str = "vpt_deep",
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> Method:
+    """A prompted model on `backbone`, which stays as it is for its other users.
+
+    Args:
+        backbone: a timm vision transformer, an open_clip CLIP, or `vpt.backbones.load(...)`.
+        method: a name from `vpt list methods`.
+        num_classes: how many classes, where `class_names` are not given.
+        class_names: in label order; methods with a text tower need them.
+        tokenizer: texts → token ids (N, T), for CLIP methods; None: CLIP's own.
+        **options: of the method, such as `num_tokens=10`.
+
+    Raises:
+        InputError: unsupported backbone, unknown method or option, missing class names.
+    """
+    cls = find(method)
+    checked = check_options(method, options)
+    takes_tokenizer = "tokenizer" in inspect.signature(cls).parameters
+    if class_names is None:
+        if num_classes is None or takes_tokenizer:
+            needed = "class_names" if takes_tokenizer else "num_classes or class_names"
+            raise InputError(f"{method} needs {needed}")
+        class_names = [str(label) for label in range(num_classes)]
+    if num_classes not in (None, len(class_names)):
+        raise InputError(f"num_classes={num_classes}, but {len(class_names)} class_names")
+    if len(class_names) < 2:
+        raise InputError(f"{method} needs at least two classes, got {list(class_names)}")
+    extra = {"tokenizer": tokenizer} if takes_tokenizer else {}
+    return cls(backbones.adapt(backbone), class_names, checked, **extra)

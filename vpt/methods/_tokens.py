@@ -1,0 +1,96 @@
+"""Learnable tokens in a frozen image tower: what VPT's methods share."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vpt.backbones.base import Backbone, Position
+from vpt.config import Strict
+from vpt.errors import InputError
+from vpt.methods.base import Head, Method
+
+
+class TokenOptions(Strict):
+    """Options of all methods that put tokens into the image tower."""
+
+    num_tokens: PositiveInt = 10
+    dropout: float = Field(0.0, ge=0, lt=1)  # on prompts, a mask for each sample
+    project: PositiveInt | None = None  # train in this width, map linearly to the model's
+    position: Position = "prepend"  # after the class token, or after the last patch
+
+
+class TokenMethod(Method):
+    """Prompts before the blocks `layers`, and a linear head on the backbone's features.
+
+    Initialisation: uniform ±sqrt(6 / (3·patch_h·patch_w + prompt width)) (KMnP/vpt,
+    src/models/vit_prompt/vit.py).
+
+    Attributes:
+        prompts: (len(layers), num_tokens, width), or (…, project) with `project`.
+        projection: Linear(project → width), or None.
+        head: Linear(feature_dim → C).
+    """
+
+    Options = TokenOptions
+
+    def __init__(
+        self, backbone: Backbone, class_names: Sequence[str], options: TokenOptions
+    ) -> None:
+        super().__init__(backbone, class_names, options)
+        self.layers = self.prompted_layers()
+        width = options.project or backbone.width
+        bound = math.sqrt(6 / (3 * math.prod(backbone.patch_size) + width))
+        prompts = torch.empty(len(self.layers), options.num_tokens, width).uniform_(-bound, bound)
+        self.prompts = nn.Parameter(prompts)
+        self.projection = None
+        if options.project:
+            self.projection = nn.Linear(options.project, backbone.width)
+            nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
+        self.head = Head(backbone.feature_dim, len(class_names))
+
+    def prompted_layers(self) -> list[int]:
+        """The blocks that get prompts of their own, ascending."""
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) of the prompted backbone."""
+        prompts = self.prompts
+        if self.projection is not None:
+            prompts = self.projection(prompts)
+        if self.training and self.options.dropout:
+            # masks differ per sample, so the prompts become a set for each
+            prompts = prompts[:, None].expand(-1, len(images), -1, -1)
+            prompts = F.dropout(prompts, self.options.dropout)
+        return self.backbone(images, prompts, self.layers, self.options.position)
+
+    def fold(self) -> Method:
+        """The inference form: the projection is applied once."""
+        folded = super().fold()
+        if folded.projection is not None:
+            prompts = folded.projection(folded.prompts)
+            folded.prompts = nn.Parameter(prompts, requires_grad=False)
+            folded.projection = None
+        return folded
+
+
+def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    """`layers`, or all blocks.
+
+    Raises:
+        InputError: not ascending block numbers from 0 to num_layers - 1.
+    """
+    if layers is None:
+        return list(range(num_layers))
+    if (
+        not layers
+        or list(layers) != sorted(set(layers))
+        or not 0 <= layers[0] <= layers[-1] < num_layers
+    ):
+        raise InputError(
+            f"method.layers={list(layers)}: give ascending block numbers from 0 to {num_layers - 1}"
+        )
+    return list(layers)

@@ -1,0 +1,113 @@
+"""What every method is: a frozen backbone, a few tensors that train, logits out."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vpt.backbones.base import Backbone, share
+from vpt.config import Strict
+from vpt.errors import InputError
+
+
+class Method(nn.Module):
+    """Base of all methods. A method is one file in this package, with its options beside it.
+
+    Attributes:
+        name: the file's name.
+        options: checked options.
+        class_names: in label order.
+        solved: True where the method is solved in closed form from features, not by gradients;
+            it then has `solve(features, labels)`.
+        frozen_features: True where nothing that trains changes an image's features, so that
+            they need be computed only once.
+    """
+
+    Options: ClassVar[type[Strict]] = Strict
+    name: ClassVar[str]
+    solved: ClassVar[bool] = False
+    frozen_features: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Strict) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.class_names = list(class_names)
+        self.options = options
+
+    def features(self, images: Tensor) -> Tensor:
+        """Image features (B, feature_dim)."""
+        return self.backbone(images)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (B, C) from image features (B, feature_dim)."""
+        return self.head(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, 3, H, W), normalised as `backbone.preprocess` says."""
+        return self.logits(self.features(images))
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Training loss (a scalar) on labels (B,), and the logits (B, C)."""
+        return self.feature_loss(self.features(images), labels)
+
+    def feature_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from image features (B, feature_dim)."""
+        logits = self.logits(features)
+        return F.cross_entropy(logits, labels), logits
+
+    def tunable_parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that train, by name; everything else has `requires_grad` False."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def artifact_tensors(self) -> dict[str, Tensor]:
+        """What an artefact stores: the method's own state, and backbone weights that trained."""
+        tunable = self.tunable_parameters()
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name in tunable or not name.startswith("backbone.")
+        }
+
+    def fold(self) -> "Method":
+        """The inference form: a frozen view with all that no image changes computed once."""
+        return share(self)
+
+    def train(self, mode: bool = True) -> "Method":
+        """Training mode for the method's own modules; the backbone always stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+class Head(nn.Linear):
+    """Linear classifier (feature_dim → C), initialised as KMnP/vpt does (src/models/mlp.py)."""
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal by fan-out, bias -ln 99: every class starts at a probability of 1 %."""
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.out_features))
+        nn.init.constant_(self.bias, -math.log(99))
+
+
+def require_clip(backbone: Backbone, method: str) -> Any:
+    """The backbone, if it has a text tower.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not hasattr(backbone, "encode_texts"):
+        raise InputError(
+            f"{method} needs a CLIP (image and text towers), not {backbone.family}: "
+            "take an open_clip backbone, or vpt_deep"
+        )
+    return backbone
+
+
+def normalized_mean(features: Tensor) -> Tensor:
+    """Mean over templates of L2-normalised text features: (C, T, dim) → (C, dim)."""
+    return torch.mean(F.normalize(features, dim=-1), dim=1)

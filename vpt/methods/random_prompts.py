@@ -1,0 +1,24 @@
+"""Frozen random prompts: VPT-deep whose prompts never train, the baseline to show beside it.
+
+Trained prompts differ from these by little on some sets (arXiv 2407.01003, table 3).
+"""
+
+from collections.abc import Sequence
+
+from vpt.backbones.base import Backbone
+from vpt.methods import vpt_deep
+
+
+class Prompted(vpt_deep.Prompted):
+    """`prompts` as VPT-deep draws them, frozen; only the head trains."""
+
+    frozen_features = True
+
+    def __init__(
+        self, backbone: Backbone, class_names: Sequence[str], options: vpt_deep.Options
+    ) -> None:
+        # dropout is noise against overfitting prompts; these do not fit anything
+        super().__init__(backbone, class_names, options.model_copy(update={"dropout": 0.0}))
+        self.prompts.requires_grad_(False)
+        if self.projection is not None:
+            self.projection.requires_grad_(False)
