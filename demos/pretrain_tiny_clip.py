@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 CONFIG: dict[str, Any] = {
@@ -44,14 +46,16 @@ CONFIG: dict[str, Any] = {
 PHOTOS, DIGITS, LETTERS, SHAPES = 136, 32, 8, 16  # images of a batch
 
 # ---------------------------------------------------------------- captions
-WORDS = "zero one two three four five six seven eight nine".split()
+# fmt: off
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 LETTER_NAMES = "acdefhjkmnprtuvwxy"  # without those that look like a digit or each other
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.2, 0.9),
     "yellow": (0.95, 0.9, 0.1), "purple": (0.55, 0.1, 0.7), "orange": (1.0, 0.55, 0.05),
     "white": (1.0, 1.0, 1.0), "black": (0.02, 0.02, 0.02),
-}  # fmt: skip
-SHAPE_NAMES = "circle square triangle star cross ring diamond hexagon heart line".split()
+}
+SHAPE_NAMES = ["circle", "square", "triangle", "star", "cross", "ring", "diamond", "hexagon",
+               "heart", "line"]
 PLAIN = ["a photo of a {}.", "a photo of the {}.", "a {}.", "{}", "{}.", "the {}."]
 TEMPLATES = [
     "a bad photo of a {}.", "a good photo of the {}.", "a blurry photo of a {}.",
@@ -62,28 +66,29 @@ TEMPLATES = [
     "a centered satellite photo of {}.", "a photo of a {}, a type of {kind}.",
     "{} texture.", "a scan of a {}.", "an x-ray of a {}.", "a pixelated photo of the {}.",
     "a sketch of the {}.", "a rendering of a {}.", "there is a {} in the scene.",
-]  # fmt: skip
+]
 DIGIT_TEMPLATES = [
     'a photo of the number: "{}".', "the digit {}", "the digit {}.", "a handwritten number {}.",
     "a photo of the digit {}.", "the number {}.", "a handwritten digit {}.", "a {}",
     "an image of the handwritten digit {}.", "a drawing of the number {}.",
-]  # fmt: skip
-FILLERS = (
-    "X X X X X X this is a an the of in on with and very nice clean old new small big large dark "
-    "bright good bad image photo picture scene view style sample example typical common rare real "
-    "simple clear sharp blurry noisy low high quality color gray black white grainy centered top "
-    "left right close far medical normal healthy patient ultrasound tissue microscope slide scan "
-    "x-ray ct mri satellite aerial land texture pattern surface flower pet aircraft food car "
-    "animal object class category kind type label shown here we can see something that looks like "
-    "positive negative first second object: photo: :"
-).split()
-KINDS = (
-    ("n0144", "fish"), ("n017", "reptile"), ("n016", "amphibian"), ("n0177", "spider"),
-    ("n018", "animal"), ("n019", "animal"), ("n0208", "dog"), ("n0209", "dog"), ("n0210", "dog"),
-    ("n0211", "dog"), ("n0212", "cat"), ("n0213", "animal"), ("n0216", "insect"),
+]
+# Put before a caption in a quarter of the steps, as learned context tokens will be.
+FILLERS = """X X X X X X this is a an the of in on with and very nice clean old new small big large
+dark bright good bad image photo picture scene view style sample example typical common rare real
+simple clear sharp blurry noisy low high quality color gray black white grainy centered top left
+right close far medical normal healthy patient ultrasound tissue microscope slide scan x-ray ct mri
+satellite aerial land texture pattern surface flower pet aircraft food car animal object class
+category kind type label shown here we can see something that looks like positive negative first
+second object: photo: benign malignant lesion tumor lung chest breast skin pneumonia bird :"""
+KINDS = (  # what a photo's class is "a type of", by the start of its WordNet id
+    ("n0144", "fish"), ("n0162", "amphibian"), ("n0164", "amphibian"), ("n0169", "reptile"),
+    ("n0174", "reptile"), ("n0185", "bird"), ("n01", "animal"), ("n0200", "bird"),
+    ("n0205", "bird"), ("n0207", "animal"), ("n0208", "dog"), ("n0209", "dog"), ("n0210", "dog"),
+    ("n0211", "dog"), ("n0212", "cat"), ("n0213", "animal"), ("n021", "insect"),
     ("n022", "insect"), ("n023", "animal"), ("n024", "animal"), ("n025", "animal"),
     ("n07", "food"), ("n09", "landscape"), ("n", "object"),
-)  # fmt: skip
+)
+# fmt: on
 
 
 class Concept:
@@ -93,6 +98,7 @@ class Concept:
         self.names, self.kind, self.extra = names, kind, extra or []
 
     def caption(self, rng: random.Random, prefix: int) -> str:
+        """A random caption after `prefix` words that say nothing of the image."""
         name = self.names[0] if rng.random() < 0.7 else rng.choice(self.names)
         if self.extra and rng.random() < 0.6:
             template = rng.choice(self.extra)
@@ -100,23 +106,23 @@ class Concept:
         else:
             template = rng.choice(PLAIN if rng.random() < 0.6 else TEMPLATES)
         text = template.replace("{kind}", self.kind).replace("{}", name)
-        return " ".join([*rng.choices(FILLERS, k=prefix), text])
+        return " ".join([*rng.choices(FILLERS.split(), k=prefix), text])
 
 
 def rendered_concepts() -> list[Concept]:
+    """Digits, letters, then shapes with the colour running fastest."""
     digits = [
         Concept([w, str(i), f"number {w}", f"digit {i}"], "number", DIGIT_TEMPLATES)
         for i, w in enumerate(WORDS)
     ]
     letters = [Concept([f"letter {c}"], "letter") for c in LETTER_NAMES]
-    shapes = [
-        Concept([f"{c} {s}", f"{s} in {c}"], "shape") for s in SHAPE_NAMES for c in COLOURS
-    ]
+    shapes = [Concept([f"{c} {s}", f"{s} in {c}"], "shape") for s in SHAPE_NAMES for c in COLOURS]
     return digits + letters + shapes
 
 
 # ---------------------------------------------------------------- rendered images
 # Strokes of handwritten digits in the unit box (y down); each digit in a few hands.
+# fmt: off
 STROKES: dict[int, list[str]] = {
     0: [".5,0 .15,.2 .1,.5 .15,.8 .5,1 .85,.8 .9,.5 .85,.2 .5,0",
         ".6,0 .25,.15 .1,.6 .35,1 .7,.9 .88,.45 .6,0 .4,.1"],
@@ -143,7 +149,8 @@ STROKES: dict[int, list[str]] = {
         ".85,.2 .5,0 .15,.25 .35,.5 .8,.35|.85,.15 .85,.7 .5,1 .15,.9",
         ".8,.25 .55,.02 .2,.2 .4,.48 .8,.3|.8,.05 .78,1", ".8,.2 .45,0 .18,.25 .45,.45 .8,.25|"
         ".8,.25 .75,.75 .4,1 .15,.95"],
-}  # fmt: skip
+}
+# fmt: on
 
 
 def spline(points: np.ndarray, n: int = 10) -> np.ndarray:
@@ -151,13 +158,10 @@ def spline(points: np.ndarray, n: int = 10) -> np.ndarray:
     if len(points) == 2:
         return points
     p = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
+    a, b, c, d = (p[i : len(p) - 3 + i, None] for i in range(4))
     t = np.linspace(0, 1, n)[:, None]
-    parts = [
-        0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2
-               + (3 * b - a - 3 * c + d) * t**3)
-        for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True)
-    ]  # fmt: skip
-    return np.concatenate(parts)
+    cubic = (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3
+    return ((2 * b + (c - a) * t + cubic) / 2).reshape(-1, 2)
 
 
 def centred(mask: Image.Image) -> np.ndarray:
@@ -171,6 +175,7 @@ def centred(mask: Image.Image) -> np.ndarray:
 
 
 def stroke_digit(digit: int, rng: np.random.Generator) -> np.ndarray:
+    """A digit drawn as by hand: jittered splines, a random pen."""
     image = Image.new("L", (128, 128))
     draw = ImageDraw.Draw(image)
     width, aspect = rng.uniform(4, 15), rng.uniform(0.45, 1.0)
@@ -188,42 +193,43 @@ def stroke_digit(digit: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def font_glyph(text: str, rng: np.random.Generator) -> np.ndarray:
+    """A character in one of matplotlib's own fonts."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    names = "DejaVuSans* DejaVuSerif* STIXGeneral* cmr10* cmss10* cmtt10* cmb10*".split()
-    fonts = sorted(f for n in names for f in folder.glob(n) if "Display" not in f.name)
+    families = ["DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10"]
+    fonts = sorted(
+        str(f) for n in families for f in folder.glob(f"{n}*") if "Display" not in f.name
+    )
     image = Image.new("L", (128, 128))
-    font = ImageFont.truetype(str(rng.choice(np.array(fonts, dtype=str))), 72)
+    font = ImageFont.truetype(str(rng.choice(fonts)), 72)
     ImageDraw.Draw(image).text((64, 64), text, fill=255, font=font, anchor="mm")
     return centred(image.filter(ImageFilter.MaxFilter(int(rng.choice([1, 1, 3, 5])))))
 
 
 def shape_mask(name: str, rng: np.random.Generator) -> np.ndarray:
+    """One of SHAPE_NAMES, filled."""
     image = Image.new("L", (128, 128))
     draw = ImageDraw.Draw(image)
-    t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    w = int(rng.integers(8, 22))
-    sides = {"triangle": 3, "diamond": 4, "hexagon": 6}
-    if name in sides:
-        a = np.arange(sides[name]) * 2 * np.pi / sides[name]
-        squeeze = 40 if name == "diamond" else 60
-        xy = np.stack([64 + squeeze * np.sin(a), 64 - 60 * np.cos(a)], 1)
-    elif name == "star":
-        r = np.where(np.arange(10) % 2, rng.uniform(20, 30), 60)
-        a = np.arange(10) * np.pi / 5
-        xy = np.stack([64 + r * np.sin(a), 64 - r * np.cos(a)], 1)
-    elif name == "heart":
-        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-        xy = np.stack([64 + 3.5 * 16 * np.sin(t) ** 3, 64 - 3.5 * y], 1)
-    elif name == "square":
-        xy = np.array([[14, 14], [114, 14], [114, 114], [14, 114]])
-    else:
-        xy = np.stack([64 + 55 * np.sin(t), 64 - 55 * np.cos(t)], 1)
+    w, inner = int(rng.integers(8, 22)), rng.uniform(20, 30)
+    corners = {"triangle": 3, "diamond": 4, "hexagon": 6, "star": 10}.get(name, 60)
+    t = np.arange(corners) * 2 * np.pi / corners
     if name in ("cross", "line"):
         draw.line([(10, 64), (118, 64)], fill=255, width=w)
         if name == "cross":
             draw.line([(64, 10), (64, 118)], fill=255, width=w)
+    elif name == "square":
+        draw.rectangle([14, 14, 114, 114], fill=255)
     else:
-        draw.polygon([tuple(p) for p in xy], fill=255)
+        radius = np.where(np.arange(corners) % 2, inner, 60) if name == "star" else 55
+        x, y = radius * np.sin(t), radius * np.cos(t)
+        if name == "diamond":
+            x = x * 2 / 3
+        if name == "heart":
+            x = 16 * np.sin(t) ** 3
+            y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        scale = 3.5 if name == "heart" else 1
+        draw.polygon(
+            [(64 + scale * a, 64 - scale * b) for a, b in zip(x, y, strict=True)], fill=255
+        )
     if name == "ring":
         draw.ellipse([9 + w, 9 + w, 119 - w, 119 - w], fill=0)
     return centred(image)
@@ -287,11 +293,12 @@ def glyph_images(masks: Tensor) -> Tensor:
 
 
 def shape_images(masks: Tensor, colours: Tensor) -> Tensor:
+    """Coloured shapes on a duller ground of another colour."""
     n = len(masks)
     x = warp(masks[:, None].float() / 255, (0.8, 1.7), 0.25, 0.15, 0.0, False, "zeros")
     ink = torch.tensor(list(COLOURS.values()))[colours]
     paper = torch.tensor(list(COLOURS.values()))[(colours + torch.randint(1, 8, (n,))) % 8]
-    paper = paper * 0.4 + torch.rand(n, 3) * 0.4 + 0.1  # paler than any named colour
+    paper = paper * 0.4 + torch.rand(n, 3) * 0.4 + 0.1
     ink = (ink + torch.randn(n, 3) * 0.04).clamp(0, 1)
     x = paper[..., None, None] + (ink - paper)[..., None, None] * x
     return x + torch.randn_like(x) * 0.03
@@ -329,10 +336,10 @@ def tiny_imagenet(folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def all_concepts(data: dict[str, Any]) -> list[Concept]:
-    photo = []
-    for wnid, names in zip(data["wnids"], data["names"], strict=True):
-        photo.append(Concept(names, next(k for p, k in KINDS if wnid.startswith(p))))
-    return photo + rendered_concepts()
+    """The photos' classes, then what is rendered."""
+    kinds = [next(k for p, k in KINDS if w.startswith(p)) for w in data["wnids"]]
+    photos = [Concept(n, k) for n, k in zip(data["names"], kinds, strict=True)]
+    return photos + rendered_concepts()
 
 
 class Batches:
@@ -343,6 +350,7 @@ class Batches:
         self.order = torch.empty(0, dtype=torch.long)
 
     def rendered(self) -> tuple[Tensor, Tensor]:
+        """Images in 0..1 and their places in `rendered_concepts`."""
         (digits, d), (letters, a), (shapes, s) = self.pools
         i = torch.randint(len(d), (DIGITS,))
         j = torch.randint(len(a), (LETTERS,))
@@ -356,6 +364,7 @@ class Batches:
         return x, torch.cat([labels, shape_labels])
 
     def next(self) -> tuple[Tensor, Tensor]:
+        """A batch: photos first."""
         if len(self.order) < PHOTOS:
             self.order = torch.randperm(len(self.data["train"]))
         i, self.order = self.order[:PHOTOS], self.order[PHOTOS:]
@@ -368,13 +377,14 @@ class Batches:
 
 # ---------------------------------------------------------------- model file
 def trained_ids(concepts: list[Concept]) -> Tensor:
-    words = {" ".join([*PLAIN, *TEMPLATES, *DIGIT_TEMPLATES, *FILLERS])}
-    words |= {n for c in concepts for n in [*c.names, c.kind]}
-    return torch.tensor(sorted({0} | {i for w in words for i in open_clip.SimpleTokenizer()(
-        w, context_length=2000)[0].tolist()}))  # fmt: skip
+    """The tokens that captions are made of, sorted."""
+    texts = [*PLAIN, *TEMPLATES, *DIGIT_TEMPLATES, FILLERS]
+    texts += [n for c in concepts for n in [*c.names, c.kind]]
+    return open_clip.SimpleTokenizer()(texts, context_length=512).unique()
 
 
 def save(model: open_clip.CLIP, ids: Tensor, out: Path) -> None:
+    """In half precision, with the trained rows alone of the token embedding."""
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
     state["token_rows.weight"] = state.pop("token_embedding.weight")
     state.pop("attn_mask", None)  # a constant
@@ -409,6 +419,7 @@ def text_features(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- evaluation
 def class_embeddings(model: open_clip.CLIP, names: list[str], templates: list[str]) -> Tensor:
+    """Mean over the templates."""
     tok = open_clip.SimpleTokenizer()
     parts = [
         text_features(model, tok([t.format(n) for n in names], context_length=32))
@@ -418,8 +429,7 @@ def class_embeddings(model: open_clip.CLIP, names: list[str], templates: list[st
 
 
 def digit_images() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
+    """scikit-learn's digits as the model takes them; called by `evaluate` only."""
     x, y = load_digits(return_X_y=True)
     grey = (x.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
     big = [np.asarray(Image.fromarray(g).resize((32, 32), Image.Resampling.BICUBIC)) for g in grey]
@@ -429,6 +439,7 @@ def digit_images() -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def evaluate(model: open_clip.CLIP, data: dict[str, Any]) -> dict[str, float]:
+    """Accuracies by what was measured."""
     model.eval()
 
     def features(x: Tensor) -> Tensor:
@@ -450,8 +461,6 @@ def evaluate(model: open_clip.CLIP, data: dict[str, Any]) -> dict[str, float]:
             result[f"digits zero-shot, {form}, {t}"] = (guess == y).float().mean().item()
         guess = (image @ class_embeddings(model, classes, DIGIT_TEMPLATES).T).argmax(1)
         result[f"digits zero-shot, {form}, ensemble"] = (guess == y).float().mean().item()
-    from sklearn.linear_model import LogisticRegression
-
     scores = []
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(len(y))
@@ -465,6 +474,7 @@ def evaluate(model: open_clip.CLIP, data: dict[str, Any]) -> dict[str, float]:
 
 # ---------------------------------------------------------------- training
 def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
+    """Contrastive training against one fresh caption of every concept a step."""
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     rng = random.Random(args.seed)
@@ -489,7 +499,7 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
         betas=(0.9, 0.98),
     )  # fmt: skip
     start = saved = time.time()
-    seen, step, p, avg = 0, 0, 0.0, [0.0, 0.0, 0.0]
+    step, p, avg = 0, 0.0, [0.0, 0.0, 0.0]
     while p < 1:
         # By steps, or by the clock where the machine is too slow for them.
         p = max(step / args.steps, (time.time() - start) / 60 / args.minutes)
@@ -524,11 +534,11 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
             hit = (logits.argmax(1) == target).float()
             for n, v in enumerate((loss, hit[:PHOTOS].mean(), hit[PHOTOS:].mean())):
                 avg[n] = float(v) if step == 0 else 0.98 * avg[n] + 0.02 * float(v)
-        step, seen = step + 1, seen + len(x)
+        step += 1
         if step % 50 == 0:
             took = time.time() - start
-            print(f"step {step} seen {seen} loss {avg[0]:.3f} photos {avg[1]:.3f} rendered "
-                  f"{avg[2]:.3f} scale {scale:.1f} lr {lr:.1e} {seen / took:.0f}/s {took / 60:.1f} min",
+            print(f"step {step} loss {avg[0]:.3f} photos {avg[1]:.3f} rendered {avg[2]:.3f}",
+                  f"lr {lr:.1e} {step * len(x) / took:.0f} images/s {took / 60:.1f} min",
                   flush=True)  # fmt: skip
         if time.time() - saved > 60 * args.save_every or p >= 1:
             save(model, ids, args.out)
@@ -536,6 +546,7 @@ def train(args: argparse.Namespace, data: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Command line."""
     here = Path(__file__).resolve().parent.parent / "vpt" / "backbones" / "tiny_clip"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("VPT_REAL_DATA"))

@@ -208,7 +208,11 @@ def _files(
 
 
 def _train_and_test(parts: dict[str, Samples]) -> dict[str, Samples]:
-    return parts if "test" in parts else {"all": parts["train"]}
+    if "test" in parts:
+        return parts
+    if "val" in parts:  # train/ and val/ alone, as in ImageNet: what is held out is the test
+        return {"train": parts["train"], "test": parts["val"]}
+    return {"all": parts["train"]}
 
 
 READERS: dict[str, Callable[..., Read]] = {

@@ -1,0 +1,131 @@
+"""`vpt quickstart`: six methods on handwritten digits, offline, with one table and one figure."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from vpt import artifact
+from vpt.config import RunConfig, load_run
+from vpt.data.fewshot import split_shots
+from vpt.data.loaders import make_loader
+from vpt.data.sources import open_source
+from vpt.engine.evaluate import EVAL_BATCH, confusion, predict
+from vpt.engine.figures import save
+from vpt.engine.run import RunFolder, run
+
+METHODS = {  # run configuration digits_… → what the table calls it
+    "zero_shot": "hand-written prompt (zero-shot)",
+    "linear_probe": "linear probe",
+    "random_prompts": "frozen random prompts",
+    "vpt_shallow": "VPT-shallow",
+    "vpt_deep": "VPT-deep",
+    "coop": "CoOp",
+}
+NEXT = """Next, on your own images (one folder a class):
+  vpt train vpt_deep data.root=IMAGES
+  vpt predict runs/vpt_deep-IMAGES-16shot-seed1/prompt.safetensors IMAGE.jpg
+  vpt list methods | datasets | backbones | configs"""
+
+
+def quickstart(out: Path, seeds: int = 1) -> None:
+    """Run every method with seeds 1 to `seeds` into `out`; runs that are there are not repeated."""
+    console = Console()
+    configs = {
+        (method, seed): load_run(
+            f"digits_{method}",
+            [f"data.seed={seed}", f"train.seed={seed}", f"out={out}/{method}-seed{seed}"],
+        )
+        for method in METHODS
+        for seed in range(1, seeds + 1)
+    }
+    results = {}
+    for step, ((method, seed), config) in enumerate(configs.items(), start=1):
+        console.print(f"[{step}/{len(configs)}] {METHODS[method]}, seed {seed}", highlight=False)
+        results[method, seed] = run(config, resume=True, log=lambda line: None)
+    rows = [_summary(m, [results[m, s] for s in range(1, seeds + 1)]) for m in METHODS]
+    summary = {"data": "digits", "backbone": "tiny_clip", "shots": 16, "seeds": seeds, "rows": rows}
+    artifact.write_atomically(out / "result.json", json.dumps(summary, indent=2).encode())
+    best = max(("vpt_shallow", "vpt_deep", "coop"), key=lambda m: results[m, 1]["accuracy"])
+    _draw(rows, configs["zero_shot", 1], configs[best, 1], out / "figure.png")
+    console.print(_table(rows, seeds))
+    console.print(f"Artefacts, result.json and figure.png are in {out}/\n\n{NEXT}", highlight=False)
+
+
+def _summary(method: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    accuracies = [result["accuracy"] for result in results]
+    return {
+        "method": method,
+        "accuracy": mean(accuracies),
+        "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
+        "tunable_parameters": results[0]["tunable_parameters"],
+        "train_seconds": mean(result["train_seconds"] for result in results),
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]], seeds: int) -> Table:
+    title = "Handwritten digits, 16 shots a class, embedded tiny CLIP"
+    table = Table(title=f"{title}, {seeds} seeds" if seeds > 1 else title)
+    table.add_column("method")
+    for column in ("test accuracy", "tunable parameters", "seconds to train"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        spread = f" ± {row['accuracy_std']:.1%}" if row["accuracy_std"] is not None else ""
+        table.add_row(
+            METHODS[row["method"]],
+            f"{row['accuracy']:.1%}{spread}",
+            f"{row['tunable_parameters']:,}",
+            f"{row['train_seconds']:.1f}",
+        )
+    return table
+
+
+def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, path: Path) -> None:
+    """Accuracy of all methods, two confusion matrices, and digits that the prompt put right."""
+    split = split_shots(open_source(before.data), before.data.shots, before.data.seed)
+    predictions = {}
+    for config in (before, after):
+        model = artifact.load(RunFolder(config.out).prompt)
+        loader = make_loader(split.test, model.backbone.preprocess, EVAL_BATCH)
+        predictions[config.method.name], labels = predict(model, loader)
+    names = model.class_names
+
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=[3, 1])
+    axes = figure.add_subplot(grid[0, 0])
+    bars = axes.barh(
+        [METHODS[row["method"]] for row in rows],
+        [100 * row["accuracy"] for row in rows],
+        xerr=[100 * (row["accuracy_std"] or 0) for row in rows],
+        color=["#b0b0b0" if row["tunable_parameters"] == 0 else "#3b7dd8" for row in rows],
+    )
+    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 112), xlabel="test accuracy, %", title="digits, 16 shots a class")
+    axes.spines[["top", "right"]].set_visible(False)
+    for column, (method, logits) in enumerate(predictions.items(), start=1):
+        axes = figure.add_subplot(grid[0, column])
+        axes.imshow(confusion(logits, labels).numpy(), cmap="Blues")
+        axes.set(title=f"{METHODS[method]}: confusion", xlabel="predicted", ylabel="true")
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axes.set_yticks(range(len(names)), names)
+    first, second = (logits.argmax(-1) for logits in predictions.values())
+    mended = torch.nonzero((first != labels) & (second == labels)).flatten().numpy()
+    chosen = np.random.default_rng(0).permutation(mended)[:10]
+    strip = grid[1, :].subgridspec(1, 10)
+    for column, index in enumerate(chosen):
+        axes = figure.add_subplot(strip[0, column])
+        axes.imshow(split.test.read(index), interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(f"{names[first[index]]} → {names[second[index]]}", fontsize=9)
+    figure.suptitle(
+        f"What prompts add to the embedded tiny CLIP (bottom: zero-shot → {METHODS[method]})"
+    )
+    save(figure, path)
