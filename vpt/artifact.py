@@ -28,6 +28,8 @@ def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
         **details: JSON values to keep beside, such as `figures` and `split_hash`.
     """
     path = Path(path)
+    if model.name not in methods.names():
+        raise InputError(f"{path}: a folded model has no prompts to save: save the model it is of")
     config = model.backbone.config
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.artifact_tensors().items()}
     metadata = {
@@ -106,13 +108,16 @@ def load(
             f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
             "give the backbone that it was trained on"
         )
-    model = methods.attach(
-        adapted,
-        metadata["method"],
-        class_names=metadata["class_names"],
-        tokenizer=tokenizer,
-        **metadata["options"],
-    )
+    try:
+        model = methods.attach(
+            adapted,
+            metadata["method"],
+            class_names=metadata["class_names"],
+            tokenizer=tokenizer,
+            **metadata["options"],
+        )
+    except InputError as error:
+        raise InputError(f"{path}: written by version {metadata['version']}: {error}") from None
     expected = {name: tensor.shape for name, tensor in model.artifact_tensors().items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise InputError(

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,12 +16,13 @@ from vpt.errors import InputError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 Augment = Literal["none", "crop", "crop_flip"]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
 
 class Strict(BaseModel):
     """A section of a configuration: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BackboneConfig(Strict):
@@ -37,7 +38,7 @@ class DataConfig(Strict):
     name: str | None = None  # a card under datasets/; None: recognised from `root`
     root: Path | None = None
     shots: PositiveInt | None = 16  # images a class; None: all
-    seed: int = 1
+    seed: Seed = 1
     classes: list[str] | None = None  # class names in label order, instead of the data's own
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
@@ -71,7 +72,13 @@ class TrainConfig(Strict):
     warmup_epochs: NonNegativeInt = 10
     warmup_lr: float = Field(1e-5, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
-    seed: int = 1
+    seed: Seed = 1
+
+
+class EngineConfig(Strict):
+    """How prompts are computed; every choice gives the same numbers."""
+
+    exact_tokens: bool = False  # True: prompts as tokens everywhere, the reference path
 
 
 class Expected(Strict):
@@ -89,6 +96,7 @@ class RunConfig(Strict):
     data: DataConfig = DataConfig()
     method: MethodConfig
     train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
     out: Path | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
     expected: Expected | None = None
 
@@ -114,8 +122,7 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
         path = resources.find("configs/run", config)
     file = read_yaml(path)
     changes = _dotlist(overrides)
-    chosen = OmegaConf.select(changes, "method.name")
-    named = OmegaConf.select(file, "method.name")
+    chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
         for section in ("method", "train", "expected"):
             file.pop(section, None)
@@ -170,13 +177,23 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         node = OmegaConf.load(path)
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except OSError as error:  # also OmegaConf's own, for a lone word or number
+        reason = error.strerror or "not a mapping of keys to values"
+        raise InputError(f"{path}: {reason}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
     if not OmegaConf.is_dict(node):
         raise InputError(f"{path}: not a mapping of keys to values")
     return node
+
+
+def _method_name(node: Any) -> Any:
+    try:
+        return OmegaConf.select(node, "method.name")
+    except (OmegaConfBaseException, TypeError):  # `method` is no mapping
+        return None
 
 
 def _dotlist(overrides: Sequence[str]) -> Any:

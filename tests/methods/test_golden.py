@@ -83,18 +83,22 @@ def check_training(case, model, grads, final):
     assert_close(loss, case["expected.loss_after"], 1e-4)
 
 
+@pytest.mark.parametrize("exact_tokens", [False, True])
 @pytest.mark.parametrize("name", VPT)
-def test_vpt(name):
+def test_vpt(name, exact_tokens):
     case, model = vpt_model(name)
+    model.backbone.exact_tokens = exact_tokens
     assert_close(model.backbone(case["input.images"]), case["expected.features_unprompted"])
     assert_close(model.features(case["input.images"]), case["expected.features"])
     assert_close(model(case["input.images"]), case["expected.logits"])
     check_training(case, model, vpt_tensors(case, "grad."), vpt_tensors(case, "final."))
 
 
+@pytest.mark.parametrize("exact_tokens", [False, True])
 @pytest.mark.parametrize("name", COOP)
-def test_coop(name):
+def test_coop(name, exact_tokens):
     case, model = coop_model(name)
+    model.backbone.exact_tokens = exact_tokens
     length = model.tokens.shape[1]
     assert torch.equal(model.tokens, case["input.tokens"][:, :length])
     assert not case["input.tokens"][:, length:].any()

@@ -19,12 +19,15 @@ from vpt.errors import InputError, close
 
 __all__ = ["Backbone", "adapt", "families", "load"]
 
+NOT_FAMILIES = {"base", "packed", "resblock"}
 TINY_CLIP = Path(__file__).parent / "tiny_clip"
 
 
 def families() -> list[type[Backbone]]:
     """The adapter of every family: each module of this package that has one."""
-    modules = (info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+    modules = (
+        info.name for info in pkgutil.iter_modules(__path__) if info.name not in NOT_FAMILIES
+    )
     return [importlib.import_module(f"{__name__}.{module}").Adapter for module in modules]
 
 
@@ -62,6 +65,8 @@ def load(name: str, checkpoint: str | None = None) -> Backbone:
         name, checkpoint = preset.name, checkpoint or preset.checkpoint
     library, _, rest = name.partition(":")
     if name == "tiny_clip":
+        if checkpoint:
+            raise InputError(f"backbone.checkpoint={checkpoint}: tiny_clip has its own: drop it")
         model = _tiny_clip()
     elif library == "timm" or (library != "open_clip" and timm.is_model(name.split(".")[0])):
         model = _timm(rest if library == "timm" else name, checkpoint)

@@ -12,6 +12,7 @@ from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
 
 Position = Literal["prepend", "append"]
+Rows = Tensor  # keys and values of prompts: (2, 1 or B, heads, P, head_dim)
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -41,6 +42,9 @@ class Backbone(nn.Module):
     patch_size: tuple[int, int]
     feature_dim: int
     preprocess: Preprocess
+    readout_tokens: int | None = None  # how many leading tokens `finish` reads; None: all
+    knows_rows = False  # whether `block` and `rows` are spelled for this model's blocks
+    exact_tokens = False  # True: prompts always take the plain path, as tokens
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -62,8 +66,21 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W) to the tokens (B, N, width) that enter block 0."""
         raise NotImplementedError
 
-    def block(self, index: int, tokens: Tensor) -> Tensor:
-        """Tokens through block `index`."""
+    def block(
+        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+    ) -> Tensor:
+        """Tokens through block `index`.
+
+        Args:
+            index: of the block.
+            tokens: (B, N, width).
+            rows: keys and values (see `rows`) that all tokens attend to beside the tokens' own.
+            queries: compute only the first so many tokens of the output; None: all.
+        """
+        raise NotImplementedError
+
+    def rows(self, index: int, prompts: Tensor) -> Rows:
+        """Keys and values of prompts (P, width) or (B, P, width) in block `index`."""
         raise NotImplementedError
 
     def finish(self, tokens: Tensor) -> Tensor:
@@ -73,32 +90,57 @@ class Backbone(nn.Module):
     def forward(
         self,
         images: Tensor,
-        prompts: Tensor | None = None,
+        prompts: Sequence[Tensor] | Tensor = (),
         layers: Sequence[int] = (),
         position: Position = "prepend",
     ) -> Tensor:
-        """Features (B, feature_dim) of images (B, 3, H, W), with prompts as tokens.
+        """Features (B, feature_dim) of images (B, 3, H, W), with prompts.
+
+        Before block `layers[i]` the prompt slots are (over)written with `prompts[i]`; in the blocks
+        between, prompts are ordinary tokens (Jia et al. 2022, eq. 4-6). A prompt that the next
+        block overwrites needs no output, so only its keys and values are computed: exact, and
+        chosen where the blocks are known (`knows_rows`) unless `exact_tokens` is set.
 
         Args:
             images: normalised as `preprocess` says.
-            prompts: (len(layers), P, width), or (len(layers), B, P, width) for one set a sample.
-            layers: ascending; before block `layers[i]` the prompt slots are (over)written with
-                `prompts[i]`. Between those blocks prompts are ordinary tokens (Jia et al. 2022,
-                eq. 4-6).
+            prompts: for each of `layers` (P, width), (B, P, width) for one set a sample, or the
+                rows that `fold_prompts` made of them.
+            layers: ascending.
             position: after the prefix tokens, or after the last patch. The output is the same,
                 since prompts carry no position embedding.
         """
+        fast = self.knows_rows and not self.exact_tokens
         tokens = self.embed(images)
-        start = self.num_prefix_tokens if position == "prepend" else tokens.shape[1]
+        count = tokens.shape[1]
+        start = self.num_prefix_tokens if position == "prepend" and not fast else count
         end = start  # prompts occupy tokens[:, start:end]
         for index in range(self.num_layers):
+            last = index == self.num_layers - 1
+            rows = None
             if index in layers:
-                rows = prompts[layers.index(index)].to(tokens.dtype)
-                rows = rows.expand(len(tokens), -1, -1)
-                tokens = torch.cat([tokens[:, :start], rows, tokens[:, end:]], dim=1)
-                end = start + rows.shape[1]
-            tokens = self.block(index, tokens)
-        return self.finish(torch.cat([tokens[:, :start], tokens[:, end:]], dim=1))
+                prompt = prompts[layers.index(index)]
+                before, after = tokens[:, :start], tokens[:, end:]
+                if fast and (last or index + 1 in layers):
+                    tokens, end = (before if start == end else torch.cat([before, after], 1)), start
+                    rows = prompt if prompt.dim() == 5 else self.rows(index, prompt)
+                else:
+                    prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
+                    tokens = torch.cat([before, prompt, after], 1)
+                    end = start + prompt.shape[1]
+            queries = (self.readout_tokens or count) if fast and last else None
+            tokens = self.block(index, tokens, rows, queries)
+        if queries is None:
+            tokens = torch.cat([tokens[:, :start], tokens[:, end:]], 1)
+        return self.finish(tokens)
+
+    def fold_prompts(self, prompts: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """`prompts` for `forward`, as rows where `forward` would make rows of them."""
+        fast = self.knows_rows and not self.exact_tokens
+        last = self.num_layers - 1
+        return [
+            self.rows(index, prompt) if fast and (index == last or index + 1 in layers) else prompt
+            for index, prompt in zip(layers, prompts, strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """SHA-256 of all pretrained weights as float32, computed once."""

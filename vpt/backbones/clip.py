@@ -7,7 +7,8 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vpt.backbones.base import Backbone
+from vpt.backbones.base import Backbone, Rows
+from vpt.backbones.resblock import attend, is_plain, project
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
@@ -27,7 +28,10 @@ class Adapter(Backbone):
         self.num_prefix_tokens = 1
         self.patch_size = visual.patch_size
         self.feature_dim = visual.output_dim
+        self.knows_text_rows = all(map(is_plain, model.transformer.resblocks))
         self.text_width = model.token_embedding.embedding_dim
+        self.readout_tokens = 1 if visual.pool_type == "tok" else None
+        self.knows_rows = all(map(is_plain, visual.transformer.resblocks))
         self.preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(model))
         self.tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
 
@@ -51,9 +55,19 @@ class Adapter(Backbone):
         """Patches, class token, position embedding, `ln_pre`."""
         return self.model.visual._embeds(images)
 
-    def block(self, index: int, tokens: Tensor) -> Tensor:
-        """One residual attention block of the image tower."""
-        return self.model.visual.transformer.resblocks[index](tokens)
+    def block(
+        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+    ) -> Tensor:
+        """One block of the image tower, or, with rows or fewer queries, its forward spelled out."""
+        block = self.model.visual.transformer.resblocks[index]
+        if rows is None and queries is None:
+            return block(tokens)
+        return attend(block, tokens, rows, queries)
+
+    def rows(self, index: int, prompts: Tensor) -> Rows:
+        """The prompts through the block's norm and its key and value projections."""
+        block = self.model.visual.transformer.resblocks[index]
+        return torch.stack(project(block, prompts.view(-1, *prompts.shape[-2:]), slice(1, 3)))
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Final norm, class token, projection into the joint space."""
@@ -86,8 +100,11 @@ class Adapter(Backbone):
         model, length = self.model, embeddings.shape[1]
         x = embeddings + model.positional_embedding[:length]
         x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
-        x = model.ln_final(x)[torch.arange(len(x), device=x.device), eot]
-        projection = model.text_projection
+        return self.finish_text(x[torch.arange(len(x), device=x.device), eot])
+
+    def finish_text(self, tokens: Tensor) -> Tensor:
+        """EOT tokens (C, text_width) after the last block to text features (C, feature_dim)."""
+        x, projection = self.model.ln_final(tokens), self.model.text_projection
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
     def encode_texts(self, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Tensor:

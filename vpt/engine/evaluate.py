@@ -1,6 +1,7 @@
 """How good a classifier is: torchmetrics over one pass of a loader."""
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -55,9 +56,9 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float | int | None]:
     f1 = multiclass_f1_score(probabilities, labels, count, average="none")[present]
     auroc = None
     if present.sum() > 1:
-        auroc = (
-            multiclass_auroc(probabilities, labels, count, average="none")[present].mean().item()
-        )
+        with warnings.catch_warnings(action="ignore"):  # of classes that do not occur
+            areas = multiclass_auroc(probabilities, labels, count, average="none")
+        auroc = areas[present].mean().item()
     figures = {
         "accuracy": multiclass_accuracy(probabilities, labels, count, average="micro").item(),
         "balanced_accuracy": recall.mean().item(),

@@ -87,6 +87,9 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
 
     set_seed(config.train.seed)
     backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
+    backbone.exact_tokens = config.engine.exact_tokens
+    if not backbone.knows_rows:
+        log(f"{config.backbone.name}: blocks of an unknown type, so prompts run as tokens")
     model = methods.attach(
         backbone,
         config.method.name,

@@ -58,23 +58,38 @@ class TokenMethod(Method):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of the prompted backbone."""
-        prompts = self.prompts
-        if self.projection is not None:
-            prompts = self.projection(prompts)
+        prompts = self.layer_prompts()
         if self.training and self.options.dropout:
             # masks differ per sample, so the prompts become a set for each
             prompts = prompts[:, None].expand(-1, len(images), -1, -1)
             prompts = F.dropout(prompts, self.options.dropout)
         return self.backbone(images, prompts, self.layers, self.options.position)
 
+    def layer_prompts(self) -> Tensor:
+        """Prompts (len(layers), num_tokens, width) of all prompted blocks."""
+        return self.prompts if self.projection is None else self.projection(self.prompts)
+
     def fold(self) -> Method:
-        """The inference form: the projection is applied once."""
-        folded = super().fold()
-        if folded.projection is not None:
-            prompts = folded.projection(folded.prompts)
-            folded.prompts = nn.Parameter(prompts, requires_grad=False)
-            folded.projection = None
-        return folded
+        """The inference form: keys and values of the prompts computed once."""
+        return Folded(super().fold())
+
+
+class Folded(Method):
+    """A prompted model whose prompts' keys and values are constants."""
+
+    def __init__(self, method: TokenMethod) -> None:
+        super().__init__(method.backbone, method.class_names, method.options)
+        self.layers, self.head = method.layers, method.head
+        with torch.no_grad():
+            rows = self.backbone.fold_prompts(method.layer_prompts(), self.layers)
+        for index, tensor in enumerate(rows):
+            self.register_buffer(f"rows{index}", tensor)
+        self.eval()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) of the prompted backbone."""
+        rows = [getattr(self, f"rows{index}") for index in range(len(self.layers))]
+        return self.backbone(images, rows, self.layers, self.options.position)
 
 
 def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:

@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from vpt.backbones.clip import Adapter, Tokenizer
+from vpt.backbones.packed import PackedSuffixes
 from vpt.config import Strict
 from vpt.methods.base import Method, require_clip
 
@@ -59,6 +60,7 @@ class Prompted(Method):
         tokens = backbone.tokenize([f"{words} {name}." for name in names], tokenizer)
         lengths = [len(backbone.tokenize([name], tokenizer)[0]) - 2 for name in names]
         self.register_buffer("tokens", tokens, persistent=False)
+        self.shared = PackedSuffixes(tokens, 1 + self.context.shape[-2])
         self.register_buffer("order", self._order(lengths, tokens.shape[1]), persistent=False)
         self.register_buffer("folded", None, persistent=False)  # (C, dim), in the inference form
 
@@ -88,7 +90,15 @@ class Prompted(Method):
         """Class embeddings (C, dim), differentiable, not normalised."""
         if self.folded is not None:
             return self.folded
+        if self.shares_prefix():
+            start = self.backbone.embed_tokens(self.tokens[:1, :1])[0]
+            return self.shared(self.backbone, torch.cat([start, self.context]))
         return self.backbone.encode_embeddings(self.prompt_embeddings(), self.tokens.argmax(1))
+
+    def shares_prefix(self) -> bool:
+        """Whether SOS and context come first and are the same for all classes (and known how)."""
+        generic = self.context.dim() == 2 and self.options.position == "end"
+        return generic and self.backbone.knows_text_rows and not self.backbone.exact_tokens
 
     def features(self, images: Tensor) -> Tensor:
         """Image features (B, dim); no gradient is ever needed through the image tower."""

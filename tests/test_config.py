@@ -1,0 +1,235 @@
+"""Run configurations: every file in configs/, overrides, and what is wrong with bad ones."""
+
+import pytest
+from pydantic import BaseModel
+
+from vpt import methods, resources
+from vpt.config import RunConfig, load_run, read_yaml, save_yaml
+from vpt.errors import InputError
+
+RUNS = resources.names("configs/run")
+METHODS = methods.names()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_config_is_valid(name):
+    config = load_run(name)
+    methods.check_options(config.method.name, config.method.options)
+    assert config.backbone.name in resources.names("configs/backbone")
+    path = resources.find("configs/run", name)
+    assert path.read_text().startswith("# ")
+    assert load_run(str(path)) == config
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_recipe_and_a_run_config(name):
+    recipe = read_yaml(resources.find("configs/method", name))
+    assert recipe.method.name == name
+    assert set(recipe) <= {"method", "train"}
+    assert load_run(name).method.name == name
+
+
+def test_every_recipe_has_a_method():
+    assert resources.names("configs/method") == METHODS
+
+
+def test_the_recipe_comes_first_then_the_file_then_the_overrides(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "backbone: {name: tiny_clip}\nmethod: {name: vpt_deep, num_tokens: 3}\n"
+        "train: {epochs: 7, lr: 0.5}\n"
+    )
+    config = load_run(str(path), ["train.lr=0.25", "method.layers=[0, 1]", "data.shots=null"])
+    recipe = read_yaml(resources.find("configs/method", "vpt_deep"))
+    assert config.train.batch_size == 32
+    assert config.train.warmup_epochs == recipe.train.warmup_epochs
+    assert config.method.options == {
+        "num_tokens": 3,
+        "dropout": recipe.method.dropout,
+        "layers": [0, 1],
+    }
+    assert (config.train.epochs, config.train.lr, config.data.shots) == (7, 0.25, None)
+
+
+def test_another_method_brings_its_own_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "backbone: {name: tiny_clip}\nmethod: {name: vpt_deep, num_tokens: 3}\n"
+        "data: {shots: 2}\ntrain: {epochs: 7}\n"
+        "expected: {accuracy: 0.5, within: 0.1, measured_on: a laptop}\n"
+    )
+    same = load_run(str(path), ["method.name=vpt_deep"])
+    assert same == load_run(str(path))
+    assert same.expected.accuracy == 0.5
+    config = load_run(str(path), ["method.name=coop", "train.lr=0.5"])
+    coop = load_run("coop")
+    assert config.method == coop.method
+    assert config.train == coop.train.model_copy(update={"lr": 0.5})
+    assert config.expected is None
+    assert config.data.shots == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "culprits"),
+    [
+        (["data.shot=4"], ["'data.shot'", "'shots'"]),
+        (["dta.shots=4"], ["'dta'", "'data'"]),
+        (["train.learning_rate=1"], ["'train.learning_rate'", "lr"]),
+        (["method.name=vpt_dep"], ["'vpt_dep'", "'vpt_deep'"]),
+        (["method.name=5"], ["method.name"]),
+        (["method.name="], ["method.name"]),
+        (["data.shots=many"], ["data.shots", "'many'", "integer"]),
+        (["data.shots=0"], ["data.shots=0", "greater than 0"]),
+        (["train.lr=-1"], ["train.lr=-1", "greater than 0"]),
+        (["train.lr=nan"], ["train.lr"]),
+        (["train.lr=.inf"], ["train.lr"]),
+        (["train.lr=fast"], ["train.lr", "'fast'", "number"]),
+        (["train.epochs=2.5"], ["train.epochs=2.5", "integer"]),
+        (["train.epochs=null"], ["train.epochs=None"]),
+        (["train.optimizer=adam"], ["train.optimizer", "'adam'", "adamw"]),
+        (["train.momentum=1"], ["train.momentum=1", "less than 1"]),
+        (["train.seed=-1"], ["train.seed=-1"]),
+        (["data.seed=-1"], ["data.seed=-1"]),
+        (["data.augment=flip"], ["data.augment", "'flip'", "crop_flip"]),
+        (["data=5"], ["data"]),
+        (["backbone.name=[a]"], ["backbone.name"]),
+        (["train.lr"], ["'train.lr'", "key=value"]),
+        (["=3"], ["'=3'", "key=value"]),
+        (["data.root=${"], ["data.root"]),
+        (["data.classes=[a"], ["data.classes"]),
+        (["train.lr=1", "train.lr.x=2"], ["train.lr"]),
+    ],
+    ids=str,
+)
+def test_a_bad_override_is_one_line_that_names_it(overrides, culprits):
+    with pytest.raises(InputError) as caught:
+        load_run("vpt_deep", overrides)
+    assert "\n" not in str(caught.value)
+    for culprit in culprits:
+        assert culprit in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "culprits"),
+    [
+        ({"num_token": 3}, ["method vpt_deep", "'num_token'", "'num_tokens'"]),
+        ({"num_tokens": 0}, ["num_tokens=0", "greater than 0"]),
+        ({"num_tokens": "ten"}, ["num_tokens='ten'", "integer"]),
+        ({"dropout": 1}, ["dropout=1", "less than 1"]),
+        ({"position": "middle"}, ["position='middle'", "prepend"]),
+        ({"layers": "all"}, ["layers='all'", "list"]),
+    ],
+    ids=str,
+)
+def test_a_bad_method_option_is_one_line_that_names_it(options, culprits):
+    with pytest.raises(InputError) as caught:
+        methods.check_options("vpt_deep", options)
+    assert "\n" not in str(caught.value)
+    for culprit in culprits:
+        assert culprit in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("a: 1\na: 2", "not YAML"),
+        ("- a\n- b", "not a mapping"),
+        ("hello", "method.name is missing"),
+        ("5", "not a mapping"),
+        ("", "method.name is missing"),
+        ("method: {name: vpt_deep}", "backbone is missing"),
+        ("backbone: {}\nmethod: {name: vpt_deep}", "backbone.name is missing"),
+        ("backbone: {name: tiny_clip}\nmethod: vpt_deep", "method"),
+        ("backbone: {name: tiny_clip}\nmethod: [vpt_deep]", "method"),
+        ("a: \xff", "not YAML"),
+    ],
+    ids=repr,
+)
+def test_a_bad_file_is_named_in_one_line(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=message) as caught:
+        load_run(str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vpt_dep", "'vpt_dep'.*'vpt_deep'"),
+        ("nowhere/run.yaml", "nowhere/run.yaml: no such file"),
+    ],
+)
+def test_a_missing_file_is_named(name, message):
+    with pytest.raises(InputError, match=message):
+        load_run(name)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "run.yaml").mkdir()
+    with pytest.raises(InputError, match=r"run\.yaml"):
+        load_run(str(tmp_path / "run.yaml"))
+
+
+CHANGES = {
+    "backbone.name": "tiny_clip",
+    "backbone.checkpoint": "weights.safetensors",
+    "data.name": "digits",
+    "data.root": "images",
+    "data.shots": "2",
+    "data.seed": "5",
+    "data.classes": "[a, b]",
+    "data.templates": "['a {}']",
+    "data.augment": "crop",
+    "data.workers": "2",
+    "method.name": "vpt_shallow",
+    "method.num_tokens": "3",
+    "method.layers": "[0]",
+    "train.epochs": "5",
+    "train.batch_size": "5",
+    "train.optimizer": "sgd",
+    "train.lr": "0.5",
+    "train.weight_decay": "0.5",
+    "train.momentum": "0.5",
+    "train.schedule": "constant",
+    "train.warmup_epochs": "1",
+    "train.warmup_lr": "0.5",
+    "train.precision": "bf16",
+    "train.seed": "5",
+    "engine.exact_tokens": "true",
+    "out": "elsewhere",
+    "expected": "{accuracy: 0.5, within: 0.1, measured_on: a laptop}",
+}
+
+
+def keys(model, prefix=""):
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        nested = isinstance(kind, type) and issubclass(kind, BaseModel)
+        yield from keys(kind, f"{prefix}{name}.") if nested else [prefix + name]
+
+
+def test_the_changes_cover_every_setting():
+    assert set(keys(RunConfig)) | {"method.num_tokens", "method.layers"} == set(CHANGES)
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_the_hash_changes_with_what_can_change_the_result(key):
+    plain = load_run("vpt_deep")
+    changed = load_run("vpt_deep", [f"{key}={CHANGES[key]}"])
+    assert changed != plain
+    same = key in {"out", "data.workers", "expected"}
+    assert (changed.hash == plain.hash) == same
+
+
+def test_a_saved_configuration_repeats_the_run(tmp_path):
+    config = load_run(
+        "vpt_deep",
+        ["method.layers=[0, 1]", "data.classes=[a, b]", "data.root=images", "out=here"],
+    )
+    save_yaml(config, tmp_path / "config.yaml")
+    again = load_run(str(tmp_path / "config.yaml"))
+    assert again == config
+    assert again.hash == config.hash

@@ -1,0 +1,72 @@
+"""Tiny models, images and the command line in this process, for all tests."""
+
+import sys
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from vpt import cli
+
+NAMES = ["tabby cat", "dog", "red_panda"]
+
+
+def vit(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = VisionTransformer(**{**settings, "num_classes": 5, **kwargs})
+    return perturb(model)
+
+
+def clip(seed=0):
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        text_cfg={"context_length": 24, "width": 16, "heads": 2, "layers": 2},
+    )
+    return perturb(model)
+
+
+def perturb(model):
+    """No parameter stays at a value, such as 0, that would hide a mistake."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def images(count=3, seed=1, size=32):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def write_image(path, label=0, seed=0, size=(40, 36), mode="RGB"):
+    """A noisy image whose colour tells its label."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng([label, seed]).integers(0, 90, (size[1], size[0], 3))
+    noise[..., label % 3] += 150
+    Image.fromarray(noise.astype(np.uint8)).convert(mode).save(path)
+    return path
+
+
+def write_folder(root, classes=("cat", "dog"), count=5):
+    for label, name in enumerate(classes):
+        for index in range(count):
+            write_image(root / name / f"secret{index}.png", label, index)
+    return root
+
+
+def vpt_cli(capfd, monkeypatch, *arguments):
+    """Exit code, stdout and stderr of `vpt ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["vpt", *map(str, arguments)])
+    capfd.readouterr()
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
