@@ -5,8 +5,8 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from tiny import clip, images, vit
 from safetensors import safe_open
+from tiny import clip, images, vit
 
 import vpt
 from vpt import artifact

@@ -42,7 +42,9 @@ def test_same_as_scikit_learn(seed, present):
     figures = metrics(logits, labels)
     expected = {
         "accuracy": accuracy_score(labels, predicted),
-        "balanced_accuracy": np.mean([np.mean((predicted == c)[labels == c].numpy()) for c in present]),
+        "balanced_accuracy": np.mean(
+            [np.mean((predicted == c)[labels == c].numpy()) for c in present]
+        ),
         "macro_f1": f1_score(labels, predicted, average="macro", labels=present),
         "auroc": mean_auroc(logits, labels),
     }

@@ -115,7 +115,8 @@ class TestEveryMethod:
             pytest.skip("solved, not trained")
         inputs = images(len(LABELS))
         before = copy.deepcopy(backbone.state_dict())
-        optimizer = torch.optim.SGD(model.tunable_parameters().values(), lr=0.02)
+        lr = 1e-3 if model.name == "full_finetune" else 0.02
+        optimizer = torch.optim.SGD(model.tunable_parameters().values(), lr)
         model.train()
         losses = []
         for _ in range(4):
@@ -167,7 +168,7 @@ def test_prompts_of_a_layer_reach_what_follows_only():
     model = attach(vit(depth=3), "vpt_deep", layers=[0, 2]).eval()
     first = model(images())
     with torch.no_grad():
-        model.prompts[1] += 1
+        model.prompts[1] += torch.randn(32)  # not the same for all: norms take that away
     assert (model(images()) - first).abs().max() > 1e-3
 
 
@@ -213,7 +214,7 @@ def test_projection(method):
         plain.prompts.copy_(model.projection(model.prompts))
         plain.head.load_state_dict(model.head.state_dict())
     close(plain(images()), model(images()))
-    assert model.fold().projection is None
+    close(model.fold()(images()), model(images()))
 
 
 @pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow"])
@@ -236,7 +237,11 @@ class TestCoOp:
         backbone = clip()
         model = attach(backbone, "coop", init="a photo of a", position=position)
         assert model.context.shape == (4, 16)
-        texts = {"end": "a photo of a {}.", "middle": "a photo {} of a.", "front": "{} a photo of a."}
+        texts = {
+            "end": "a photo of a {}.",
+            "middle": "a photo {} of a.",
+            "front": "{} a photo of a.",
+        }
         texts = [texts[position].format(name.replace("_", " ")) for name in NAMES]
         tokens = open_clip.SimpleTokenizer(context_length=24)(texts)
         close(model.text_features(), backbone.encode_text(tokens))
@@ -247,7 +252,7 @@ class TestCoOp:
         assert not torch.equal(model.context[0], model.context[1])
         before = model.text_features()
         with torch.no_grad():
-            model.context[1] += 0.1
+            model.context[1] += 0.1 * torch.randn(16)
         changed = (model.text_features() - before).abs().amax(1) > 1e-4
         assert changed.tolist() == [False, True, False]
         words = attach(clip(), "coop", init="a photo of a", class_specific=True)
@@ -268,8 +273,7 @@ class TestCoOp:
             seen.extend(texts)
             return own(texts)
 
-        torch.manual_seed(0)
-        model = vpt.attach(clip(), "coop", class_names=NAMES, tokenizer=tokenizer, num_tokens=4)
+        model = attach(clip(), "coop", tokenizer=tokenizer, num_tokens=4)
         assert any("tabby cat." in text for text in seen)
         close(model.text_features(), attach(clip(), "coop", num_tokens=4).text_features())
 
@@ -288,7 +292,7 @@ def test_zero_shot_is_the_ensemble_made_by_hand():
     assert not model.tunable_parameters()
 
 
-@pytest.mark.parametrize("template", ["a photo", "a {} {}", "a {name}", "a {} {x}", "{"])
+@pytest.mark.parametrize("template", ["a photo", "a {} {}", "a {name}", "{"])
 def test_a_template_needs_one_place_for_the_name(template):
     with pytest.raises(InputError, match="template") as caught:
         attach(clip(), "zero_shot", templates=[template])
@@ -300,21 +304,22 @@ def test_braces_in_a_class_name_are_kept():
     assert model(images()).isfinite().all()
 
 
-def penalised(features, labels):
-    """The penalty that cross-validation picks, and its classifier, by scikit-learn alone."""
-    scaler = StandardScaler().fit(features)
+def probe_for(labels):
+    """The classifier by scikit-learn alone."""
     folds = min(5, np.bincount(labels).min())
     if folds == 1:
         return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    search = LogisticRegressionCV(
-        Cs=PENALTIES,
-        l1_ratios=(0,),
-        cv=StratifiedKFold(folds, shuffle=True, random_state=0),
-        scoring="neg_log_loss",
-        max_iter=1000,
-        use_legacy_attributes=False,
-    ).fit(scaler.transform(features), labels)
-    return make_pipeline(StandardScaler(), LogisticRegression(C=search.C_, max_iter=1000))
+    return make_pipeline(
+        StandardScaler(),
+        LogisticRegressionCV(
+            Cs=PENALTIES,
+            l1_ratios=(0,),
+            cv=StratifiedKFold(folds, shuffle=True, random_state=0),
+            scoring="neg_log_loss",
+            max_iter=1000,
+            use_legacy_attributes=False,
+        ),
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -328,10 +333,9 @@ def test_linear_probe_is_scikit_learns(classes, shots):
     test[np.arange(50), rng.integers(classes, size=50)] += 4
     model = vpt.attach(vit(), "linear_probe", num_classes=classes)
     model.solve(torch.tensor(features).float(), torch.tensor(labels))
-    probe = penalised(features.astype(np.float32).astype(np.float64), labels)
-    probe.fit(features, labels)
+    probe = probe_for(labels).fit(features.astype(np.float32).astype(np.float64), labels)
     logits = model.logits(torch.tensor(test).float())
-    assert logits.softmax(-1).detach().numpy() == pytest.approx(probe.predict_proba(test), abs=1e-3)
+    assert logits.softmax(-1).detach().numpy() == pytest.approx(probe.predict_proba(test), abs=1e-4)
     assert (logits.argmax(-1).numpy() == probe.predict(test)).all()
 
 
@@ -356,7 +360,11 @@ def test_full_finetune_trains_a_copy_of_the_image_tower(kind):
     model.loss(images(len(LABELS)), LABELS)[0].backward()
     optimizer.step()
     assert all(torch.equal(state[k], v) for k, v in backbone.state_dict().items())
-    changed = [not torch.equal(state[k], v) for k, v in model.backbone.model.state_dict().items() if k in state]
+    changed = [
+        not torch.equal(state[k], v)
+        for k, v in model.backbone.model.state_dict().items()
+        if k in state
+    ]
     assert any(changed)
 
 
@@ -371,7 +379,6 @@ def test_full_finetune_trains_a_copy_of_the_image_tower(kind):
         (vit, "vpt_deep", {"num_classes": 1}, "at least two classes"),
         (vit, "vpt_deep", {"num_classes": 0}, "at least two classes"),
         (vit, "vpt_deep", {"class_names": ["cat"]}, "at least two classes.*cat"),
-        (vit, "vpt_deep", {"class_names": ["cat", "dog", "cat"]}, "'cat'"),
         (vit, "vpt_deep", {"num_classes": 2, "class_names": NAMES}, "num_classes=2, but 3"),
         (clip, "coop", {"class_names": ["a" + " long" * 40, "b"]}, "'?a long.*does not fit"),
         (clip, "coop", {"class_names": NAMES, "num_tokens": 30}, "does not fit"),

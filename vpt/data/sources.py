@@ -74,6 +74,9 @@ def _class_names(found: list[str], config: DataConfig, card: Card, where: str) -
                 f"data.classes has {len(config.classes)} names, but the data has {len(found)} "
                 "classes: give one name a class"
             )
+        twice = {name for name in config.classes if config.classes.count(name) > 1}
+        if twice:
+            raise InputError(f"data.classes has {some(twice)} twice: give each class its own name")
         return config.classes
     # Files may carry no names (arrays), codes (ImageNet's n01440764) or the card's own names. In
     # the last case theirs is the label order.

@@ -58,17 +58,23 @@ def fit(
     accelerator = make_accelerator(config.precision)
     if model.solved:
         return _solve(model, train, accelerator)
+    begin = time.perf_counter()
     optimizer = make_optimizer(model, config)
-    once = model.frozen_features and getattr(train.dataset, "deterministic", False)
-    loader = _feature_loader(model, train, accelerator) if once else train
-    step, optimizer, batches = accelerator.prepare(_Step(model, once), optimizer, loader)
     history = _resume(checkpoint, model, optimizer)
+    once = model.frozen_features and getattr(train.dataset, "deterministic", False)
+    loader = train
+    if once or (model.starts_from_features() and not history):
+        features = _features(model, _in_order(train), accelerator)
+        if model.starts_from_features() and not history:
+            model.cpu().start(*features)
+        if once:  # the same batches, of features
+            loader = DataLoader(_Features(*features), train.batch_size, sampler=train.sampler)
+    step, optimizer, batches = accelerator.prepare(_Step(model, once), optimizer, loader)
     parameters = list(model.tunable_parameters().values())
 
     with EpochBar(config.epochs, show=progress and accelerator.is_main_process) as bar:
         bar.update(history)
         for epoch in range(len(history), config.epochs):
-            begin = time.perf_counter()
             set_seed(config.seed + epoch)
             if hasattr(train.sampler, "set_epoch"):
                 train.sampler.set_epoch(epoch)
@@ -94,7 +100,8 @@ def fit(
             record = {"epoch": epoch, "lr": lr, "loss": loss / count, "accuracy": correct / count}
             if val is not None:
                 record["val_accuracy"] = metrics(*predict(model, val, config.precision))["accuracy"]
-            record["seconds"] = time.perf_counter() - begin
+            now = time.perf_counter()
+            record["seconds"], begin = now - begin, now
             history.append(record)
             if accelerator.is_main_process:
                 if on_epoch:
@@ -167,11 +174,8 @@ class _Features(Dataset):
         return self.features[index], self.labels[index]
 
 
-def _feature_loader(model: Method, train: DataLoader, accelerator: Accelerator) -> DataLoader:
-    """`train` with every image replaced by its features, computed once: the same batches."""
-    in_order = DataLoader(train.dataset, EVAL_BATCH, collate_fn=train.collate_fn)
-    data = _Features(*_features(model, in_order, accelerator))
-    return DataLoader(data, train.batch_size, sampler=train.sampler)
+def _in_order(train: DataLoader) -> DataLoader:
+    return DataLoader(train.dataset, EVAL_BATCH, collate_fn=train.collate_fn)
 
 
 @torch.no_grad()

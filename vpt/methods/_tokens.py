@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -12,6 +13,7 @@ from vpt.backbones.base import Backbone, Position
 from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.methods.base import Head, Method
+from vpt.methods.linear_probe import solve_head
 
 
 class TokenOptions(Strict):
@@ -21,6 +23,9 @@ class TokenOptions(Strict):
     dropout: float = Field(0.0, ge=0, lt=1)  # on prompts, a mask for each sample
     project: PositiveInt | None = None  # train in this width, map linearly to the model's
     position: Position = "prepend"  # after the class token, or after the last patch
+    # probe: `fit` starts from the linear probe of the randomly prompted features; random: as the
+    # paper does, which few images rarely recover from
+    head: Literal["probe", "random"] = "probe"
 
 
 class TokenMethod(Method):
@@ -51,6 +56,14 @@ class TokenMethod(Method):
             self.projection = nn.Linear(options.project, backbone.width)
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
         self.head = Head(backbone.feature_dim, len(class_names))
+
+    def starts_from_features(self) -> bool:
+        """With the option `head` at probe."""
+        return self.options.head == "probe"
+
+    def start(self, features: Tensor, labels: Tensor) -> None:
+        """Solve the head for features (N, feature_dim) and labels (N,)."""
+        solve_head(self.head, features, labels)
 
     def prompted_layers(self) -> list[int]:
         """The blocks that get prompts of their own, ascending."""

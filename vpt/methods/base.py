@@ -61,6 +61,13 @@ class Method(nn.Module):
         logits = self.logits(features)
         return F.cross_entropy(logits, labels), logits
 
+    def starts_from_features(self) -> bool:
+        """Whether `fit` first calls `start` with the features of the training images."""
+        return False
+
+    def start(self, features: Tensor, labels: Tensor) -> None:
+        """Set what trains from features (N, feature_dim) and labels (N,), before the first step."""
+
     def tunable_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that train, by name; everything else has `requires_grad` False."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from vpt.backbones.clip import Adapter, Tokenizer
@@ -15,6 +15,14 @@ class Options(Strict):
     """Options of zero-shot classification."""
 
     templates: list[str] = Field(["a photo of a {}."], min_length=1)
+
+    @field_validator("templates")
+    @classmethod
+    def _one_name(cls, templates: list[str]) -> list[str]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} needs {{}} once, for the class name")
+        return templates
 
 
 class Prompted(Method):
@@ -33,7 +41,7 @@ class Prompted(Method):
     ) -> None:
         super().__init__(require_clip(backbone, "zero_shot"), class_names, options)
         names = [name.replace("_", " ") for name in class_names]
-        texts = [template.format(name) for name in names for template in options.templates]
+        texts = [template.replace("{}", name) for name in names for template in options.templates]
         with torch.no_grad():
             features = backbone.encode_texts(texts, tokenizer).unflatten(0, (len(names), -1))
         self.register_buffer("class_embeddings", normalized_mean(features))

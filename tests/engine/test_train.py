@@ -1,0 +1,315 @@
+"""Training: repeatable, resumable, stopped by NaN, the same by every path."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import clip, images, vit
+from torch.utils.data import DataLoader, TensorDataset
+
+import vpt
+from vpt.artifact import read
+from vpt.config import TrainConfig, load_run
+from vpt.data.images import Samples
+from vpt.data.loaders import make_loader
+from vpt.engine.run import run
+from vpt.engine.train import make_optimizer
+from vpt.errors import InputError
+
+NAMES = ["cat", "dog", "bird"]
+
+
+def attach(method, backbone=None, **options):
+    torch.manual_seed(0)
+    return vpt.attach(backbone or vit(), method, class_names=NAMES, **options)
+
+
+def samples(count=10):
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(count) % len(NAMES)
+    return Samples(arrays, labels, [str(i) for i in range(count)])
+
+
+def loader(model, augment="none", batch_size=4):
+    return make_loader(
+        samples(), model.backbone.preprocess, batch_size, train=True, augment=augment, seed=1
+    )
+
+
+def tensors(model):
+    return {name: t.clone() for name, t in model.artifact_tensors().items()}
+
+
+def losses(history):
+    return [record["loss"] for record in history]
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+CONFIG = TrainConfig(epochs=4, lr=1e-2, warmup_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "augment"),
+    [
+        ("vpt_deep", {"dropout": 0.3}, "crop_flip"),
+        ("vpt_shallow", {"project": 5}, "none"),
+        ("full_finetune", {}, "crop"),
+    ],
+)
+def test_two_fits_give_the_same_numbers(method, options, augment):
+    fits = []
+    for noise in range(2):
+        model = attach(method, **options)
+        data = loader(model, augment)
+        torch.manual_seed(100 + noise)  # what was drawn before does not matter
+        fits.append((losses(vpt.fit(model, data, config=CONFIG)), tensors(model)))
+    assert fits[0][0] == fits[1][0]
+    assert_same(fits[0][1], fits[1][1])
+    other = attach(method, **options)
+    history = vpt.fit(other, loader(other, augment), config=CONFIG.model_copy(update={"seed": 2}))
+    changes = bool(options.get("dropout"))  # the seed of `fit` draws the dropout masks only
+    assert (losses(history) != fits[0][0]) == changes
+
+
+def test_one_record_an_epoch():
+    model = attach("vpt_deep")
+    calls = []
+    history = vpt.fit(
+        model,
+        loader(model),
+        val=loader(model),
+        config=CONFIG,
+        on_epoch=lambda records: calls.append(len(records)),
+    )
+    assert [record["epoch"] for record in history] == [0, 1, 2, 3]
+    assert history[0]["lr"] == 0
+    assert history[1]["lr"] == 1e-2
+    for record in history:
+        assert set(record) == {"epoch", "lr", "loss", "accuracy", "val_accuracy", "seconds"}
+    assert calls == [1, 2, 3, 4]
+    assert not model.training
+    model.eval()
+    # lr is 0 in the first epoch, so its loss is that of the prompts as drawn
+    first = attach("vpt_deep").eval()
+    data = loader(first).dataset
+    batch = first.backbone.preprocess.normalize(torch.stack([torch.tensor(x) for x, _ in data]))
+    loss = first.loss(batch, torch.tensor([label for _, label in data]))[0].item()
+    assert history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_any_loader_of_images_and_labels_will_do():
+    model = attach("vpt_deep")
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    data = DataLoader(TensorDataset(images(5), labels), batch_size=2, shuffle=True)
+    history = vpt.fit(model, data, config=TrainConfig(epochs=30, lr=1e-2, warmup_epochs=0))
+    assert history[-1]["accuracy"] == 1
+    assert vpt.evaluate(model, data)["accuracy"] == 1
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("method", "options"), [("vpt_deep", {"dropout": 0.3}), ("coop", {"num_tokens": 4})]
+)
+def test_a_stopped_fit_continues_as_if_it_had_not_been(tmp_path, optimizer, method, options):
+    config = CONFIG.model_copy(update={"optimizer": optimizer})
+    backbone = clip() if method == "coop" else vit()
+    whole = attach(method, backbone, **options)
+    expected = vpt.fit(whole, loader(whole), config=config, checkpoint=tmp_path / "whole.pt")
+
+    def stop(history):
+        if len(history) == 3:  # before the checkpoint of this epoch is written
+            raise Stop
+
+    stopped = attach(method, backbone, **options)
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(Stop):
+        vpt.fit(stopped, loader(stopped), config=config, checkpoint=checkpoint, on_epoch=stop)
+    again = attach(method, backbone, **options)
+    history = vpt.fit(again, loader(again), config=config, checkpoint=checkpoint)
+    assert losses(history) == losses(expected)
+    assert_same(tensors(again), tensors(whole))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK"])
+def test_a_checkpoint_that_is_none_is_one_line(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    model = attach("vpt_deep")
+    with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be continued from") as caught:
+        vpt.fit(model, loader(model), config=CONFIG, checkpoint=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    one, other = attach("vpt_shallow"), attach("vpt_deep")
+    vpt.fit(one, loader(one), config=CONFIG, checkpoint=path)
+    with pytest.raises(InputError, match="cannot be continued from"):
+        vpt.fit(other, loader(other), config=CONFIG, checkpoint=path)
+
+
+def train_command(out, *overrides):
+    """`vpt train` of some seconds in a process of its own."""
+    return [
+        *(sys.executable, "-m", "vpt.cli", "train", "vpt_deep", "backbone.name=tiny_clip"),
+        *("data.name=digits", "data.shots=4", "method.dropout=0.3", "train.epochs=12"),
+        *(f"out={out}", *overrides),
+    ]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("records", [3])
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, records):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(train_command(killed), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    metrics = killed / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < records:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(metrics.read_text().splitlines()) < 12
+    assert not (killed / "result.json").exists()
+    read(killed / "prompt.safetensors")  # whole, whenever the kill came
+
+    config = [argument for argument in train_command(killed) if "=" in argument]
+    result = run(load_run("vpt_deep", config), resume=True, log=str)
+    config = [argument for argument in train_command(whole) if "=" in argument]
+    expected = run(load_run("vpt_deep", config), log=str)
+    assert_same(
+        read(killed / "prompt.safetensors")[0], read(whole / "prompt.safetensors")[0]
+    )
+    records, others = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (killed, whole)
+    )
+    assert len(records) == 12
+    for record in [*records, *others]:
+        del record["seconds"]
+    assert records == others
+    del result["train_seconds"], expected["train_seconds"]
+    assert result == expected
+    files = {"config.yaml", "metrics.jsonl", "prompt.safetensors", "result.json", "confusion.png"}
+    assert {path.name for path in whole.iterdir()} == files
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_nan_stops_and_the_last_good_epoch_is_kept(tmp_path, optimizer):
+    model = attach("vpt_deep")
+    kept = []
+    config = CONFIG.model_copy(update={"lr": 1e30, "optimizer": optimizer})
+    with pytest.raises(InputError, match=r"the loss is .* in epoch 1: lower train\.lr=1e\+30") as e:
+        vpt.fit(model, loader(model), config=config, on_epoch=lambda _: kept.append(tensors(model)))
+    assert "\n" not in str(e.value)
+    assert len(kept) == 1
+    assert all(tensor.isfinite().all() for tensor in kept[0].values())
+
+
+def test_a_solved_method_needs_one_pass():
+    model = attach("linear_probe")
+    history = vpt.fit(model, loader(model), config=CONFIG)
+    assert len(history) == 1
+    assert history[0]["accuracy"] == vpt.evaluate(model, loader(model))["accuracy"] > 0.9
+    before = tensors(model)
+    vpt.fit(model, loader(model), config=CONFIG)
+    for name, tensor in tensors(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("coop", {"num_tokens": 4}), ("random_prompts", {"num_tokens": 3})]
+)
+def test_features_computed_once_give_the_same_trajectory(method, options):
+    backbone, fits, passes = clip(), [], []
+    for cached in (True, False):
+        model = attach(method, backbone, **options)
+        data = loader(model)
+        if not cached:
+            model.frozen_features = False
+        count = []
+        model.backbone.register_forward_hook(lambda *_, count=count: count.append(1))
+        history = vpt.fit(model, data, config=CONFIG)
+        fits.append((history, tensors(model)))
+        passes.append(len(count))
+    assert passes == [1, 4 * 3]
+    assert losses(fits[0][0]) == pytest.approx(losses(fits[1][0]), rel=1e-5)
+    for name, tensor in fits[0][1].items():
+        torch.testing.assert_close(tensor, fits[1][1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_augmented_images_are_not_cached_as_features():
+    model = attach("coop", clip(), num_tokens=4)
+    count = []
+    model.backbone.register_forward_hook(lambda *_: count.append(1))
+    vpt.fit(model, loader(model, "crop"), config=CONFIG)
+    assert len(count) == 4 * 3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_only_the_heads_bias_is_free_of_weight_decay(optimizer):
+    model = attach("vpt_deep", project=5)
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.25, lr=0.5, momentum=0.75)
+    made = make_optimizer(model, config)
+    decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
+    named = model.tunable_parameters()
+    assert decay.keys() == {id(p) for p in named.values()}
+    expected = {name: 0 if name == "head.bias" else 0.25 for name in named}
+    assert {name: decay[id(p)] for name, p in named.items()} == expected
+    assert all(group["lr"] == 0.5 for group in made.param_groups)
+    if optimizer == "sgd":
+        assert all(group["momentum"] == 0.75 for group in made.param_groups)
+
+
+def test_bf16_trains_float32_prompts():
+    model = attach("vpt_deep")
+    history = vpt.fit(model, loader(model), config=CONFIG.model_copy(update={"precision": "bf16"}))
+    plain = attach("vpt_deep")
+    expected = vpt.fit(plain, loader(plain), config=CONFIG.model_copy(update={"precision": "fp32"}))
+    assert losses(history) == pytest.approx(losses(expected), rel=0.05)
+    assert losses(history) != losses(expected)
+    assert {tensor.dtype for tensor in tensors(model).values()} == {torch.float32}
+
+
+def test_two_processes_give_one_run(tmp_path):
+    out = tmp_path / "two"
+    command = train_command(out, "train.epochs=3", "method.dropout=0")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    port = ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run(
+        [*torchrun, *port, *command[1:]], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy  ") == 2  # accuracy and balanced accuracy, printed once
+    result = json.loads((out / "result.json").read_text())
+    config = [a for a in train_command(tmp_path / "one") if "=" in a]
+    config += ["train.epochs=3", "method.dropout=0"]
+    expected = run(load_run("vpt_deep", config), log=str)
+    assert result["num_test"] == expected["num_test"]
+    assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=0.02)
+    one, two = (
+        json.loads((Path(tmp_path, name) / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in ("one", "two")
+    )
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert not list(out.glob(".*"))
