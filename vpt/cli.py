@@ -79,6 +79,19 @@ def predict(
             print(f"{prediction['path']}\t{prediction['class']}\t{prediction['probability']:.3f}")
 
 
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="speed: this engine against prompts as tokens.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench"),
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved repetitions.")] = 5,
+    small: Annotated[bool, typer.Option(help="Tiny towers, to try the benchmark itself.")] = False,
+) -> None:
+    """Measure the engine's speed: medians and ratios of interleaved runs in one process."""
+    from vpt.bench import bench
+
+    bench(suite, out, rounds, small)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(help="methods, datasets, backbones or configs.")],
@@ -99,12 +112,26 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # a folder that can't be written, a full disk
+        print(f"vpt: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate launch number them
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    if _first_process():
+        print(line, file=sys.stderr)
 
 
 def _print_figures(figures: dict[str, object]) -> None:
+    if not _first_process():
+        return
     for name, value in figures.items():
         print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
+
+
+if __name__ == "__main__":
+    main()

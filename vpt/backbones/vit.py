@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpt.backbones.base import Backbone, Rows
+from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
 
 
@@ -25,6 +26,7 @@ class Adapter(Backbone):
         self.feature_dim = model.num_features
         self.preprocess = Preprocess.from_timm(model)
         self.readout_tokens = 1 if model.global_pool == "token" else None
+        self.config = _hub_config(model)
         self.knows_rows = all(_is_plain(block) for block in model.blocks)
 
     @staticmethod
@@ -71,6 +73,15 @@ class Adapter(Backbone):
     def finish(self, tokens: Tensor) -> Tensor:
         """Final norm, then the model's own pooling."""
         return self.model.forward_head(self.model.norm(tokens))
+
+
+def _hub_config(model: VisionTransformer) -> BackboneConfig | None:
+    """The hub's name of the model's weights, if timm made it; their fingerprint decides."""
+    hub = getattr(model, "pretrained_cfg", None) or {}
+    if not hub.get("architecture"):
+        return None
+    tag = f".{hub['tag']}" if hub.get("tag") else ""
+    return BackboneConfig(name=f"timm:{hub['architecture']}{tag}")
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -102,6 +102,7 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
     details = {
         # no root: an artefact carries no paths of its images
         "data": config.data.model_dump(exclude={"root", "workers"}) | {"name": source.name},
+        "templates": source.templates,
         "split_hash": split.hash,
         "config_hash": config.hash,
     }

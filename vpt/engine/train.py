@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vpt.artifact import write_atomically
-from vpt.config import TrainConfig
+from vpt.config import TrainConfig, validate
 from vpt.engine.accelerator import make_accelerator
 from vpt.engine.evaluate import EVAL_BATCH, metrics, predict
 from vpt.engine.progress import EpochBar
@@ -28,7 +28,7 @@ def fit(
     model: Method,
     train: DataLoader,
     val: DataLoader | None = None,
-    config: TrainConfig | None = None,
+    config: TrainConfig | dict[str, Any] | None = None,
     *,
     checkpoint: Path | None = None,
     on_epoch: Callable[[list[Record]], None] | None = None,
@@ -43,7 +43,7 @@ def fit(
         model: from `vpt.attach`.
         train: batches (images (B, 3, H, W), labels (B,)).
         val: evaluated after each epoch and written down; never used to choose anything.
-        config: a TrainConfig; None: its defaults.
+        config: a TrainConfig, or its settings; None: its defaults.
         checkpoint: a file written after each epoch, and continued from where it exists.
         on_epoch: called by the main process after each epoch with all records so far.
         progress: show a bar with loss and accuracy.
@@ -52,9 +52,11 @@ def fit(
         One record an epoch: epoch, lr, loss, accuracy, seconds, and val_accuracy where `val` is.
 
     Raises:
-        InputError: the loss is not finite; the checkpoint does not belong to this model.
+        InputError: the loss is not finite; the checkpoint does not belong to this model; a
+            setting that TrainConfig does not have.
     """
-    config = config or TrainConfig()
+    if not isinstance(config, TrainConfig):
+        config = validate(TrainConfig, config or {}, where="config")
     accelerator = make_accelerator(config.precision)
     if model.solved:
         return _solve(model, train, accelerator)
@@ -76,8 +78,7 @@ def fit(
         bar.update(history)
         for epoch in range(len(history), config.epochs):
             set_seed(config.seed + epoch)
-            if hasattr(train.sampler, "set_epoch"):
-                train.sampler.set_epoch(epoch)
+            batches.set_epoch(epoch)  # not the sampler's own: accelerate counts from 0 on resuming
             lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
