@@ -177,3 +177,10 @@ def test_artefacts_of_other_versions_are_refused(saved, changes, message):
     _, path, backbone = saved
     rewrite(path, **changes)
     refused(path, message, backbone)
+
+
+def test_a_folded_model_is_not_saved(tmp_path):
+    model = vpt.attach(tiny.vit(), "vpt_deep", num_classes=3)
+    with pytest.raises(InputError, match="save the model it is of"):
+        vpt.save(model.fold(), tmp_path / "folded.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 from vpt import methods, resources
-from vpt.config import RunConfig, load_run, read_yaml, save_yaml
+from vpt.config import RunConfig, load_run, read_yaml, to_yaml
 from vpt.errors import InputError
 
 RUNS = resources.names("configs/run")
@@ -229,7 +229,7 @@ def test_a_saved_configuration_repeats_the_run(tmp_path):
         "vpt_deep",
         ["method.layers=[0, 1]", "data.classes=[a, b]", "data.root=images", "out=here"],
     )
-    save_yaml(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
     again = load_run(str(tmp_path / "config.yaml"))
     assert again == config
     assert again.hash == config.hash

@@ -28,7 +28,7 @@ def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
         **details: JSON values to keep beside, such as `figures` and `split_hash`.
     """
     path = Path(path)
-    if model.name not in methods.names():
+    if model.is_folded:
         raise InputError(f"{path}: a folded model has no prompts to save: save the model it is of")
     config = model.backbone.config
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.artifact_tensors().items()}

@@ -106,7 +106,7 @@ def list_(
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit code 1."""
     try:
-        app()
+        app(prog_name="vpt")
     except InputError as error:
         print(f"vpt: {error}", file=sys.stderr)
         sys.exit(1)

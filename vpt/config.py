@@ -143,9 +143,9 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[
     return OmegaConf.to_container(_merge(OmegaConf.create(settings), _dotlist(overrides)))
 
 
-def save_yaml(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration, so that `vpt train PATH` repeats the run."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration; as a file, `vpt train PATH` repeats the run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def validate(model: type[Model], values: Any, where: str) -> Model:

@@ -89,11 +89,11 @@ def test_a_class_that_cannot_be_predicted():
 
 
 def test_calibration_error_by_hand():
-    # bins of 1/15: .6 falls into [.6, .667), .9 into [.867, .933)
-    confidence = torch.tensor([0.61, 0.63, 0.9, 0.9, 0.9])
+    # bins of 1/15: [.6, .667), [.667, .733) and [.867, .933)
+    confidence = torch.tensor([0.61, 0.69, 0.88, 0.9, 0.92])
     correct = torch.tensor([1, 0, 1, 1, 0])
     logits = torch.stack([confidence, 1 - confidence], dim=-1).log()
-    expected = 2 / 5 * abs(0.5 - 0.62) + 3 / 5 * abs(2 / 3 - 0.9)
+    expected = 1 / 5 * abs(1 - 0.61) + 1 / 5 * abs(0 - 0.69) + 3 / 5 * abs(2 / 3 - 0.9)
     assert metrics(logits, 1 - correct)["ece"] == pytest.approx(expected, abs=1e-6)
 
 

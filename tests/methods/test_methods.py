@@ -115,7 +115,7 @@ class TestEveryMethod:
             pytest.skip("solved, not trained")
         inputs = images(len(LABELS))
         before = copy.deepcopy(backbone.state_dict())
-        lr = 1e-3 if model.name == "full_finetune" else 0.02
+        lr = 1e-4 if model.name == "full_finetune" else 0.02
         optimizer = torch.optim.SGD(model.tunable_parameters().values(), lr)
         model.train()
         losses = []

@@ -58,6 +58,8 @@ def load(name: str, checkpoint: str | None = None) -> Backbone:
         InputError: unknown name, weights that are missing, unreadable or of another model, or
             that can't be downloaded.
     """
+    if checkpoint and Path(checkpoint).expanduser().is_file():
+        checkpoint = str(Path(checkpoint).expanduser().resolve())  # found from any folder later
     config = BackboneConfig(name=name, checkpoint=checkpoint)
     if name in resources.names("configs/backbone"):
         path = resources.find("configs/backbone", name)
@@ -84,7 +86,7 @@ def load(name: str, checkpoint: str | None = None) -> Backbone:
 
 def _timm(name: str, checkpoint: str | None) -> nn.Module:
     if checkpoint is None:
-        with _one_line(name, checkpoint):
+        with _one_line(name, checkpoint), _quiet():
             return timm.create_model(name, pretrained=True)
     state = _read_weights(checkpoint)
     head = state.get("head.weight")
@@ -100,7 +102,13 @@ def _timm(name: str, checkpoint: str | None) -> nn.Module:
 
 
 def _open_clip(name: str, checkpoint: str | None) -> nn.Module:
-    if checkpoint and checkpoint not in open_clip.list_pretrained_tags_by_model(name):
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if checkpoint is None and ":" not in name:
+        raise InputError(
+            f"backbone.name={name}: which weights? give backbone.checkpoint=FILE or one of "
+            f"{', '.join(tags)}"
+        )
+    if checkpoint and checkpoint not in tags:
         _read_weights(checkpoint)  # missing, unreadable or unsafe: said in one line
     with _one_line(name, checkpoint), _quiet():
         return open_clip.create_model(name, pretrained=checkpoint, require_pretrained=True)
@@ -149,14 +157,15 @@ def _one_line(name: str, checkpoint: str | None) -> Iterator[None]:
             message = " ".join(line.strip() for line in lines[:3])
             raise InputError(f"{checkpoint}: does not fit {name}: {message}") from None
         raise InputError(
-            f"weights of {name} could not be downloaded ({lines[0]}): give backbone.checkpoint=FILE"
+            f"weights of {name} could not be downloaded: connect to the network, or give "
+            f"backbone.checkpoint=FILE ({lines[0][:100]})"
         ) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip logs every step, and warns of random weights that are about to be replaced."""
-    logging.disable(logging.WARNING)
+    """No logs of what is tried: an exception says what failed."""
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:

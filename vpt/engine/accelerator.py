@@ -1,12 +1,23 @@
 """Device, precision and processes, by accelerate."""
 
+import os
 from typing import Literal
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+def processes() -> PartialState:
+    """The processes of this run, started by `torchrun` or `accelerate launch`."""
+    return PartialState(cpu=_several_on_cpu())
+
+
+def _several_on_cpu() -> bool:
+    # accelerate joins processes without a GPU only where it is told to stay on the CPU
+    return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
 
 
 def make_accelerator(precision: Precision = "auto") -> Accelerator:
@@ -20,6 +31,7 @@ def make_accelerator(precision: Precision = "auto") -> Accelerator:
     # one process may fit several models, each in its own precision
     AcceleratorState._reset_state()
     return Accelerator(
+        cpu=_several_on_cpu(),
         mixed_precision="bf16" if bf16 else "no",
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )

@@ -62,6 +62,11 @@ def evaluate(
             f"{path}: its classes are not the data's: {', '.join(sorted(differing)[:5])} in one of "
             "them only"
         )
+    if source.class_names != metadata["class_names"]:
+        raise InputError(
+            f"{path}: the data has its classes in another order, {', '.join(source.class_names)}: "
+            f"give data.classes or the files the order {', '.join(metadata['class_names'])}"
+        )
     if every:
         test = source.parts.get("all") or source.parts["test"]
     else:

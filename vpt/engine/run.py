@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from vpt import artifact, backbones, methods
-from vpt.config import RunConfig, read_yaml, save_yaml, validate
+from vpt.config import RunConfig, load_run, to_yaml
 from vpt.data.fewshot import Split, split_shots
 from vpt.data.images import check_images
 from vpt.data.loaders import make_loader
 from vpt.data.sources import Samples, Source, open_source
+from vpt.engine.accelerator import processes
 from vpt.engine.evaluate import EVAL_BATCH, confusion, metrics, predict
 from vpt.engine.figures import draw_confusion
 from vpt.engine.train import Record, fit
@@ -106,10 +106,10 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
         "split_hash": split.hash,
         "config_hash": config.hash,
     }
-    main = PartialState().is_main_process
+    processes().wait_for_everyone()  # all have seen whether the folder held a run
+    main = processes().is_main_process
     if main:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        save_yaml(config, folder.config)
+        artifact.write_atomically(folder.config, to_yaml(config).encode())
 
     def keep(history: list[Record]) -> None:
         artifact.save(model, folder.prompt, **details)
@@ -145,6 +145,8 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
     log(f"trained in {time.perf_counter() - begin:.0f} s; testing on {len(split.test)} images")
 
     logits, labels = predict(model, loader(split.test), config.train.precision)
+    if not logits.isfinite().all():  # the very last step may be what breaks the prompt
+        raise InputError(f"the logits of {folder.prompt} are not finite: lower train.lr")
     figures = metrics(logits, labels)
     result = {
         **figures,
@@ -205,7 +207,7 @@ def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, A
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
-    before = validate(RunConfig, dict(read_yaml(folder.config)), where=str(folder.config))
+    before = load_run(str(folder.config))
     if not resume:
         state = "finished" if folder.result.is_file() else "interrupted"
         raise InputError(

@@ -90,6 +90,8 @@ class TokenMethod(Method):
 class Folded(Method):
     """A prompted model whose prompts' keys and values are constants."""
 
+    is_folded = True
+
     def __init__(self, method: TokenMethod) -> None:
         super().__init__(method.backbone, method.class_names, method.options)
         self.layers, self.head = method.layers, method.head

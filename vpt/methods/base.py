@@ -24,12 +24,14 @@ class Method(nn.Module):
             it then has `solve(features, labels)`.
         frozen_features: True where nothing that trains changes an image's features, so that
             they need be computed only once.
+        is_folded: True for what `fold` returns: it cannot be trained or saved.
     """
 
     Options: ClassVar[type[Strict]] = Strict
     name: ClassVar[str]
     solved: ClassVar[bool] = False
     frozen_features: ClassVar[bool] = False
+    is_folded = False
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__module__.rpartition(".")[2]
@@ -83,7 +85,9 @@ class Method(nn.Module):
 
     def fold(self) -> "Method":
         """The inference form: a frozen view with all that no image changes computed once."""
-        return share(self)
+        folded = share(self)
+        folded.is_folded = True
+        return folded
 
     def train(self, mode: bool = True) -> "Method":
         """Training mode for the method's own modules; the backbone always stays in eval mode."""
