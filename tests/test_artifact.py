@@ -180,7 +180,7 @@ def test_artefacts_of_other_versions_are_refused(saved, changes, message):
 
 
 def test_a_folded_model_is_not_saved(tmp_path):
-    model = vpt.attach(tiny.vit(), "vpt_deep", num_classes=3)
+    model = vpt.attach(vit(), "vpt_deep", num_classes=3)
     with pytest.raises(InputError, match="save the model it is of"):
         vpt.save(model.fold(), tmp_path / "folded.safetensors")
     assert not list(tmp_path.iterdir())
