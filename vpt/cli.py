@@ -68,11 +68,14 @@ def predict(
     artefact: Artefact,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The backbone's weights, where they have moved.")
+    ] = None,
 ) -> None:
     """Classify images."""
     from vpt.engine.apply import predict
 
-    for prediction in predict(artefact, images):
+    for prediction in predict(artefact, images, checkpoint):
         if as_json:
             print(json.dumps(prediction))
         else:

@@ -9,12 +9,22 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from vpt import resources
 from vpt.errors import InputError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Augment = Literal["none", "crop", "crop_flip"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
@@ -36,10 +46,11 @@ class DataConfig(Strict):
     """Which labelled images, and how many of each class to learn from."""
 
     name: str | None = None  # a card under datasets/; None: recognised from `root`
-    root: Path | None = None
+    root: File | None = None
     shots: PositiveInt | None = 16  # images a class; None: all
     seed: Seed = 1
-    classes: list[str] | None = None  # class names in label order, instead of the data's own
+    # class names in label order; where they are the data's own in another order, labels follow
+    classes: list[Text] | None = None
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
     workers: NonNegativeInt = 0
@@ -97,7 +108,7 @@ class RunConfig(Strict):
     method: MethodConfig
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
-    out: Path | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
+    out: File | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
     expected: Expected | None = None
 
     @property

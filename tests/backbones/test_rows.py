@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 import vpt
-from vpt.backbones.packed import PackedSuffixes
+from vpt.backbones._packed import PackedSuffixes
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 VITS = {

@@ -182,7 +182,7 @@ def run_here(settings, out, resume=False):
     return run(load_run("vpt_deep", [*settings, f"out={out}"]), resume=resume, log=str)
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def records(folder):

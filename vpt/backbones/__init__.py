@@ -19,15 +19,13 @@ from vpt.errors import InputError, close
 
 __all__ = ["Backbone", "adapt", "families", "load"]
 
-NOT_FAMILIES = {"base", "packed", "resblock"}
 TINY_CLIP = Path(__file__).parent / "tiny_clip"
 
 
 def families() -> list[type[Backbone]]:
     """The adapter of every family: each module of this package that has one."""
-    modules = (
-        info.name for info in pkgutil.iter_modules(__path__) if info.name not in NOT_FAMILIES
-    )
+    names = (info.name for info in pkgutil.iter_modules(__path__))
+    modules = [name for name in names if name != "base" and not name.startswith("_")]
     return [importlib.import_module(f"{__name__}.{module}").Adapter for module in modules]
 
 
@@ -35,8 +33,14 @@ def adapt(model: nn.Module) -> Backbone:
     """A frozen view of `model` (a timm or open_clip model, or a Backbone) that shares its weights.
 
     Raises:
-        InputError: no family knows this type of model.
+        InputError: no family knows this type of model, or its weights are in half precision.
     """
+    half = next((p.dtype for p in model.parameters() if p.dtype.itemsize < 4), None)
+    if half:
+        raise InputError(
+            f"{type(model).__name__} has {half} weights: give model.float(); prompts train in "
+            "float32, and train.precision=bf16 is the fast path"
+        )
     if isinstance(model, Backbone):
         return share(model)
     for family in families():
@@ -85,6 +89,8 @@ def load(name: str, checkpoint: str | None = None) -> Backbone:
 
 
 def _timm(name: str, checkpoint: str | None) -> nn.Module:
+    if f"{name}.{checkpoint}" in timm.list_pretrained():
+        name, checkpoint = f"{name}.{checkpoint}", None
     if checkpoint is None:
         with _one_line(name, checkpoint), _quiet():
             return timm.create_model(name, pretrained=True)
@@ -92,13 +98,15 @@ def _timm(name: str, checkpoint: str | None) -> nn.Module:
     head = state.get("head.weight")
     classes = 0 if head is None else len(head)
     with _one_line(name, checkpoint):
-        return timm.create_model(
+        model = timm.create_model(
             name,
             pretrained=True,
             num_classes=classes,
             # strict only where the head's size is the one announced
             pretrained_cfg_overlay={"state_dict": state, "num_classes": classes},
         )
+    del model.pretrained_cfg["state_dict"]  # a second copy of all weights
+    return model
 
 
 def _open_clip(name: str, checkpoint: str | None) -> nn.Module:
@@ -130,9 +138,7 @@ def _read_weights(checkpoint: str) -> dict[str, Tensor]:
     """Tensors of a local file. Pickles are read with `weights_only`: nothing is executed."""
     path = Path(checkpoint).expanduser()
     if not path.is_file():
-        raise InputError(
-            f"backbone.checkpoint={checkpoint}: no such file, and no tag of this model"
-        )
+        raise InputError(f"backbone.checkpoint={checkpoint}: no such file, nor a tag of this model")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

@@ -142,6 +142,11 @@ class Backbone(nn.Module):
             for index, prompt in zip(layers, prompts, strict=True)
         ]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
     def fingerprint(self) -> str:
         """SHA-256 of all pretrained weights as float32, computed once."""
         if self._fingerprint is not None:

@@ -7,8 +7,8 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vpt.backbones._resblock import attend, is_plain, project
 from vpt.backbones.base import Backbone, Rows
-from vpt.backbones.resblock import attend, is_plain, project
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
@@ -93,7 +93,7 @@ class Adapter(Backbone):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token ids (C, T) to embeddings (C, T, text_width), before the position embedding."""
-        return self.model.token_embedding(tokens)
+        return self.model.token_embedding(tokens.to(self.device))
 
     def encode_embeddings(self, embeddings: Tensor, eot: Tensor) -> Tensor:
         """Text features (C, feature_dim), not normalised, read out at positions `eot` (C,)."""
@@ -109,12 +109,17 @@ class Adapter(Backbone):
 
     def encode_texts(self, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Tensor:
         """Text features (len(texts), feature_dim), not normalised."""
-        tokens = self.tokenize(texts, tokenizer).to(self.model.logit_scale.device)
-        return self.encode_embeddings(self.embed_tokens(tokens), tokens.argmax(1))
+        tokens = self.tokenize(texts, tokenizer)
+        return self.encode_embeddings(self.embed_tokens(tokens), tokens.argmax(1).to(self.device))
 
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Logits (B, C): scaled cosine similarities of (B, dim) and (C, dim) features."""
-        image_features = nn.functional.normalize(image_features, dim=-1)
-        text_features = nn.functional.normalize(text_features, dim=-1)
-        logits = self.model.logit_scale.exp() * image_features @ text_features.T
-        return logits if self.model.logit_bias is None else logits + self.model.logit_bias
+        """Logits (B, C): scaled cosine similarities of (B, dim) and (C, dim) features.
+
+        In the weights' own precision: bf16 steps of a logit near 25 are 0.125, and classes tie.
+        """
+        scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
+        with torch.autocast(scale.device.type, enabled=False):
+            images = nn.functional.normalize(image_features.to(scale.dtype), dim=-1)
+            texts = nn.functional.normalize(text_features.to(scale.dtype), dim=-1)
+            logits = scale * images @ texts.T
+        return logits if bias is None else logits + bias

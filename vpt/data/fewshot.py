@@ -89,6 +89,12 @@ def _split_all(
 def _split_patients(samples: Samples, seed: int) -> tuple[Samples, Samples]:
     from sklearn.model_selection import StratifiedGroupKFold
 
+    patients = len(set(samples.patients))
+    if patients < 3 or np.bincount(samples.labels).max() < 3:
+        raise InputError(
+            f"{patients} patients with {len(samples)} images are too few to hold a third of them "
+            "out: give three of each, or a split column"
+        )
     # One fold of three: sklearn keeps the classes' shares alike in both, as far as patients allow.
     folds = StratifiedGroupKFold(n_splits=3, shuffle=True, random_state=seed)
     pool, test = next(folds.split(samples.labels, samples.labels, samples.patients))

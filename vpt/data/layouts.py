@@ -33,9 +33,13 @@ def _digits(root: None, card: Card) -> Read:
 
 def _folder(root: Path, card: Card) -> Read:
     folders = _subfolders(root)
-    named = {_PARTS[f.name.lower()]: f for f in folders if f.name.lower() in _PARTS}
-    if "train" in named:
-        found = {part: _class_folders(folder) for part, folder in named.items()}
+    # a class may be called train: a part holds class folders
+    named = [f for f in folders if f.name.lower() in _PARTS and _subfolders(f)]
+    by_part = {_PARTS[f.name.lower()]: f for f in named}
+    if len(by_part) < len(named):
+        raise InputError(f"{root}: two folders for one part, {some([f.name for f in named])}")
+    if "train" in by_part:
+        found = {part: _class_folders(folder) for part, folder in by_part.items()}
     elif named and len(named) == len(folders):
         raise InputError(f"{root}: {folders[0].name}/ but no train/: add train/ beside it")
     else:

@@ -32,6 +32,7 @@ class ImageDataset(Dataset):
         cache: bool = True,
     ) -> None:
         self.samples = samples
+        self.preprocess = preprocess
         self.seed = seed
         self.prepare = np.asarray if augment != "none" else preprocess.crop()
         self.augment = None if augment == "none" else augmentation(augment, preprocess)
@@ -42,6 +43,10 @@ class ImageDataset(Dataset):
     def deterministic(self) -> bool:
         """Whether an image is the same in every epoch."""
         return self.augment is None
+
+    def plain(self) -> "ImageDataset":
+        """The same images without augmentation."""
+        return self if self.deterministic else ImageDataset(self.samples, self.preprocess)
 
     def __len__(self) -> int:
         return len(self.samples)

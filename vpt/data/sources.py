@@ -2,8 +2,10 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from vpt import resources
 from vpt.config import Augment, DataConfig
@@ -45,6 +47,10 @@ def open_source(config: DataConfig) -> Source:
     if root is not None:
         _check_sums(root, card)
     found, parts = READERS[card.layout](root, card)
+    class_names = _class_names(found, config, card, where=f"data.root={root}")
+    if config.classes and set(config.classes) == set(found):  # the same names: another label order
+        order = np.array([class_names.index(name) for name in found])
+        parts = {part: replace(s, labels=order[s.labels]) for part, s in parts.items()}
     templates = card.templates if config.templates is None else config.templates
     for template in templates or [""]:
         if template.count("{}") != 1:
@@ -52,7 +58,7 @@ def open_source(config: DataConfig) -> Source:
     return Source(
         name=name,
         card=card,
-        class_names=_class_names(found, config, card, where=f"data.root={root}"),
+        class_names=class_names,
         templates=templates,
         augment=config.augment or card.augment,
         parts=parts,

@@ -23,7 +23,8 @@ def _several_on_cpu() -> bool:
 def make_accelerator(precision: Precision = "auto") -> Accelerator:
     """An Accelerator; `auto` is bf16 autocast on a GPU that has it, else float32.
 
-    A batch is split over the processes, so that a run means the same on any number of GPUs.
+    A batch is split over the processes, so that `batch_size` means the same on any number of
+    GPUs. A last batch that does not fill it is padded with images of the first.
     """
     bf16 = precision == "bf16" or (
         precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from vpt import artifact, backbones
@@ -49,9 +51,9 @@ def evaluate(
     """
     _, metadata = artifact.read(path)
     beside = RunFolder(path.parent).config
-    root = read_yaml(beside).data.root if beside.is_file() else None
+    root = OmegaConf.select(read_yaml(beside), "data.root") if beside.is_file() else None
     settings = {
-        "data": {**metadata["data"], "root": root},
+        "data": {**metadata.get("data", {}), "root": root},
         "backbone": {key: metadata["backbone"][key] for key in ("name", "checkpoint")},
     }
     settings = validate(Settings, apply_overrides(settings, overrides), where=str(path))
@@ -64,11 +66,11 @@ def evaluate(
         )
     if source.class_names != metadata["class_names"]:
         raise InputError(
-            f"{path}: the data has its classes in another order, {', '.join(source.class_names)}: "
-            f"give data.classes or the files the order {', '.join(metadata['class_names'])}"
+            f"{path}: the data has its classes in another order: "
+            f"give data.classes=[{','.join(metadata['class_names'])}]"
         )
     if every:
-        test = source.parts.get("all") or source.parts["test"]
+        tests = list(source.parts.values())
     else:
         split = split_shots(source, settings.data.shots, settings.data.seed)
         if split.hash != metadata.get("split_hash"):
@@ -77,17 +79,23 @@ def evaluate(
                 f"{split.hash}: give the same data, shots and seed, or --all if none of these "
                 "images was trained on"
             )
-        test = split.test
-    check_images([image for image in test.images if isinstance(image, Path)])
-    log(f"testing on {len(test)} images")
+        tests = [split.test]
+    check_images([path for test in tests for path in test.images if isinstance(path, Path)])
+    log(f"testing on {sum(map(len, tests))} images")
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     model = artifact.load(path, backbone)
-    loader = make_loader(test, model.backbone.preprocess, EVAL_BATCH)
-    return metrics(*logits_and_labels(model, loader))
+    precision = metadata.get("precision", "auto")
+    loaders = [make_loader(test, model.backbone.preprocess, EVAL_BATCH) for test in tests]
+    outputs = [logits_and_labels(model, loader, precision) for loader in loaders]
+    return metrics(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 
-def predict(path: Path, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def predict(
+    path: Path, images: Sequence[Path], checkpoint: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Class, probability and all probabilities of each image file, in order; folders are searched.
+
+    `checkpoint` is the backbone's file of weights, where it is not at its place in training.
 
     Raises:
         InputError: a path that is not there, a folder without images, a file that is no image.
@@ -99,10 +107,13 @@ def predict(path: Path, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
             raise InputError(f"{image}: no images in this folder")
         files += found
     check_images(files)
-    model = artifact.load(path).fold()
+    _, metadata = artifact.read(path)
+    name = metadata["backbone"]["name"]
+    backbone = backbones.load(name, checkpoint) if name and checkpoint else None
+    model = artifact.load(path, backbone).fold()
     samples = Samples(files, np.zeros(len(files), np.int64), [str(file) for file in files])
     loader = make_loader(samples, model.backbone.preprocess, EVAL_BATCH)
-    logits, _ = logits_and_labels(model, loader)
+    logits, _ = logits_and_labels(model, loader, metadata.get("precision", "auto"))
     for file, row in zip(files, logits.softmax(-1), strict=True):
         yield {"path": str(file), **_describe(row, model.class_names)}
 

@@ -15,9 +15,10 @@ from torchmetrics.functional.classification import (
 )
 
 from vpt.engine.accelerator import Precision, make_accelerator
+from vpt.errors import InputError
 
 ECE_BINS = 15
-EVAL_BATCH = 128
+EVAL_BATCH = 120  # split evenly over 1 to 6, or 8, processes
 
 
 def evaluate(
@@ -27,7 +28,7 @@ def evaluate(
     return metrics(*predict(model, loader, precision))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precision: Precision = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -39,6 +40,8 @@ def predict(
         with accelerator.autocast():
             logits = model(images.to(accelerator.device))
         batches.append(accelerator.gather_for_metrics((logits.float(), labels)))
+    if not batches:
+        raise InputError("no images to test on: the loader gives no batches")
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
     return logits, labels
 

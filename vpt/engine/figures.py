@@ -19,7 +19,8 @@ def draw_confusion(matrix: Tensor, class_names: Sequence[str], path: Path) -> No
     side = max(4.5, 0.5 * len(class_names)) if few else 8
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
-    display = ConfusionMatrixDisplay(matrix.numpy(), display_labels=class_names if few else None)
+    names = [name.replace("$", r"\$") for name in class_names]  # no mathematics in names
+    display = ConfusionMatrixDisplay(matrix.numpy(), display_labels=names if few else None)
     display.plot(ax=axes, cmap="Blues", include_values=few, xticks_rotation="vertical")
     if not few:
         axes.set(xticks=[], yticks=[])

@@ -81,6 +81,7 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
         return finished
     source = open_source(config.data)
     split = split_shots(source, config.data.shots, config.data.seed)
+    _check_same_split(folder, split)
     check_split_images(split)
     methods.check_options(config.method.name, config.method.options)
     log(f"data: {describe(source, split)}")
@@ -105,6 +106,7 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
         "templates": source.templates,
         "split_hash": split.hash,
         "config_hash": config.hash,
+        "precision": config.train.precision,
     }
     processes().wait_for_everyone()  # all have seen whether the folder held a run
     main = processes().is_main_process
@@ -167,8 +169,8 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
     if main:
         keep(history)
         artifact.save(model, folder.prompt, **details, figures=figures)
-        draw_confusion(confusion(logits, labels), source.class_names, folder.confusion)
         artifact.write_atomically(folder.result, json.dumps(result, indent=2).encode())
+        draw_confusion(confusion(logits, labels), source.class_names, folder.confusion)
         folder.checkpoint.unlink(missing_ok=True)
     return result
 
@@ -201,6 +203,17 @@ def describe(source: Source, split: Split) -> str:
         f"{source.name}, {len(source.class_names)} classes, {len(split.train)} training{val}, "
         f"{len(split.test)} test images, split {split.hash}"
     )
+
+
+def _check_same_split(folder: RunFolder, split: Split) -> None:
+    """Refuses to resume on other images: what was trained on might become test images."""
+    if folder.prompt.is_file():
+        _, metadata = artifact.read(folder.prompt)
+        if metadata.get("split_hash") != split.hash:
+            raise InputError(
+                f"{folder.path}: its images changed since it was interrupted (split "
+                f"{metadata.get('split_hash')}, now {split.hash}): give another out=DIR"
+            )
 
 
 def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vpt.artifact import write_atomically
 from vpt.config import TrainConfig, validate
+from vpt.data.loaders import EpochSampler
 from vpt.engine.accelerator import make_accelerator
 from vpt.engine.evaluate import EVAL_BATCH, metrics, predict
 from vpt.engine.progress import EpochBar
@@ -58,17 +59,23 @@ def fit(
     if not isinstance(config, TrainConfig):
         config = validate(TrainConfig, config or {}, where="config")
     accelerator = make_accelerator(config.precision)
+    if config.batch_size % accelerator.num_processes:
+        raise InputError(
+            f"train.batch_size={config.batch_size} cannot be split over "
+            f"{accelerator.num_processes} processes: give a multiple"
+        )
     if model.solved:
         return _solve(model, train, accelerator)
     begin = time.perf_counter()
     optimizer = make_optimizer(model, config)
     history = _resume(checkpoint, model, optimizer)
-    once = model.frozen_features and getattr(train.dataset, "deterministic", False)
+    ours = isinstance(train.sampler, EpochSampler)  # then all of the data set is training data
+    once = model.frozen_features and ours and train.dataset.deterministic
     loader = train
     if once or (model.starts_from_features() and not history):
-        features = _features(model, _in_order(train), accelerator)
+        features = _features(model, _in_order(train) if ours else train, accelerator)
         if model.starts_from_features() and not history:
-            model.cpu().start(*features)
+            model.start(*features)
         if once:  # the same batches, of features
             loader = DataLoader(_Features(*features), train.batch_size, sampler=train.sampler)
     step, optimizer, batches = accelerator.prepare(_Step(model, once), optimizer, loader)
@@ -77,7 +84,7 @@ def fit(
     with EpochBar(config.epochs, show=progress and accelerator.is_main_process) as bar:
         bar.update(history)
         for epoch in range(len(history), config.epochs):
-            set_seed(config.seed + epoch)
+            set_seed(config.seed + epoch, device_specific=True)
             batches.set_epoch(epoch)  # not the sampler's own: accelerate counts from 0 on resuming
             lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:
@@ -95,8 +102,8 @@ def fit(
             loss, correct, count = accelerator.reduce(total).tolist()
             if not math.isfinite(loss) or not all(p.isfinite().all() for p in parameters):
                 raise InputError(
-                    f"the loss is {loss / count:g} in epoch {epoch}: lower train.lr={config.lr:g}, "
-                    "or give train.precision=fp32"
+                    f"the loss is {loss / count:g}, or prompts are not finite, in epoch {epoch}: "
+                    f"lower train.lr={config.lr:g}, or give train.precision=fp32"
                 )
             record = {"epoch": epoch, "lr": lr, "loss": loss / count, "accuracy": correct / count}
             if val is not None:
@@ -176,7 +183,8 @@ class _Features(Dataset):
 
 
 def _in_order(train: DataLoader) -> DataLoader:
-    return DataLoader(train.dataset, EVAL_BATCH, collate_fn=train.collate_fn)
+    """The images of `train` in their order, without augmentation."""
+    return DataLoader(train.dataset.plain(), EVAL_BATCH, collate_fn=train.collate_fn)
 
 
 @torch.no_grad()
@@ -188,15 +196,18 @@ def _features(model: Method, loader: DataLoader, accelerator: Accelerator) -> tu
             features = model.features(images)
         pairs.append(accelerator.gather_for_metrics((features.float(), labels)))
     features, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+    if not features.isfinite().all():
+        raise InputError("the backbone's features are not finite: check its weights")
     return features, labels
 
 
 def _solve(model: Method, train: DataLoader, accelerator: Accelerator) -> list[Record]:
     begin = time.perf_counter()
     features, labels = _features(model, train, accelerator)
-    model.cpu().solve(features, labels)
+    model.solve(features, labels)
     with torch.no_grad():
-        accuracy = (model.logits(features).argmax(-1) == labels).float().mean().item()
+        logits = model.logits(features.to(accelerator.device)).cpu()
+    accuracy = (logits.argmax(-1) == labels).float().mean().item()
     return [{"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}]
 
 

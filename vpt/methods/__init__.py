@@ -77,4 +77,5 @@ def attach(
     if len(class_names) < 2:
         raise InputError(f"{method} needs at least two classes, got {list(class_names)}")
     extra = {"tokenizer": tokenizer} if takes_tokenizer else {}
-    return cls(backbones.adapt(backbone), class_names, checked, **extra)
+    adapted = backbones.adapt(backbone)
+    return cls(adapted, class_names, checked, **extra).to(adapted.device)

@@ -47,8 +47,9 @@ class Method(nn.Module):
         return self.backbone(images)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (B, C) from image features (B, feature_dim)."""
-        return self.head(features)
+        """Logits (B, C) from image features (B, feature_dim), in the head's own precision."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W), normalised as `backbone.preprocess` says."""

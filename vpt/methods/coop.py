@@ -7,8 +7,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from vpt.backbones._packed import PackedSuffixes
 from vpt.backbones.clip import Adapter, Tokenizer
-from vpt.backbones.packed import PackedSuffixes
 from vpt.config import Strict
 from vpt.methods.base import Method, require_clip
 

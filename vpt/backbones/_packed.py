@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpt.backbones.resblock import attend, mix, project
+from vpt.backbones._resblock import attend, mix, project
 
 if TYPE_CHECKING:
     from vpt.backbones.clip import Adapter
