@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vpt import backbones, methods
 from vpt.backbones.clip import Tokenizer
+from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
 FORMAT = 1
@@ -108,6 +109,7 @@ def load(
             f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
             "give the backbone that it was trained on"
         )
+    adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
     try:
         model = methods.attach(
             adapted,

@@ -1,0 +1,158 @@
+"""Nothing of the test images reaches training, and nobody's labels are mixed up."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tiny import clip, images, vit, write_folder, write_image
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+
+import vpt
+from vpt import backbones
+from vpt.config import DataConfig, load_run
+from vpt.data.sources import open_source
+from vpt.engine import apply
+from vpt.engine.run import run
+from vpt.errors import InputError
+
+
+def quiet(line):
+    pass
+
+
+def settings(tmp_path, *extra):
+    return load_run(
+        "linear_probe",
+        [
+            "backbone.name=tiny_clip",
+            f"data.root={tmp_path / 'images'}",
+            "data.shots=2",
+            f"out={tmp_path / 'run'}",
+            *extra,
+        ],
+    )
+
+
+def test_fit_starts_from_the_images_of_the_sampler_alone():
+    data = TensorDataset(images(12), torch.arange(12) % 3)
+    sampled = [0, 1, 2, 6, 7, 8]
+    loader = DataLoader(data, 3, sampler=SubsetRandomSampler(sampled))
+    model = vpt.attach(vit(), "vpt_deep", num_classes=3)
+    seen = []
+    model.start = lambda features, labels: seen.append(len(labels))
+    vpt.fit(model, loader, config={"epochs": 1})
+    assert seen == [len(sampled)]
+
+
+def test_resuming_on_other_images_is_refused(tmp_path):
+    write_folder(tmp_path / "images")
+    config = settings(tmp_path, "method.name=vpt_shallow", "train.epochs=1")
+    run(config, log=quiet)
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed
+    write_image(tmp_path / "images" / "cat" / "new.png")
+    with pytest.raises(InputError, match="its images changed"):
+        run(config, resume=True, log=quiet)
+
+
+def test_names_in_another_order_take_their_labels_along(tmp_path):
+    write_folder(tmp_path)
+    plain = open_source(DataConfig(root=tmp_path))
+    turned = open_source(DataConfig(root=tmp_path, classes=["dog", "cat"]))
+    assert turned.class_names == ["dog", "cat"]
+    by_name = [
+        [source.class_names[label] for label in source.parts["all"].labels]
+        for source in (plain, turned)
+    ]
+    assert by_name[0] == by_name[1]
+    renamed = open_source(DataConfig(root=tmp_path, classes=["feline", "canine"]))
+    assert np.array_equal(renamed.parts["all"].labels, plain.parts["all"].labels)
+
+
+def test_all_tests_every_part(tmp_path):
+    for part in ("train", "val", "test"):
+        write_folder(tmp_path / "images" / part, count=3)
+    run(settings(tmp_path), log=quiet)
+    artefact = tmp_path / "run" / "prompt.safetensors"
+    assert apply.evaluate(artefact, [], log=quiet)["num_test"] == 6
+    assert apply.evaluate(artefact, [], every=True, log=quiet)["num_test"] == 18
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_folder(tmp_path, classes=("car", "train"))
+    assert open_source(DataConfig(root=tmp_path)).class_names == ["car", "train"]
+
+
+def test_eval_of_a_model_saved_by_hand_needs_its_data(tmp_path):
+    write_folder(tmp_path / "images")
+    backbone = backbones.load("tiny_clip")
+    model = vpt.attach(backbone, "vpt_shallow", class_names=["cat", "dog"])
+    path = vpt.save(model, tmp_path / "prompt.safetensors")
+    (tmp_path / "config.yaml").write_text("unrelated: 1\n")
+    with pytest.raises(InputError, match=r"no data: give data\.root"):
+        apply.evaluate(path, [], log=quiet)
+    data = [f"data.root={tmp_path / 'images'}", "data.shots=2"]
+    with pytest.raises(InputError, match="--all"):
+        apply.evaluate(path, data, log=quiet)
+    assert apply.evaluate(path, data, every=True, log=quiet)["num_test"] == 10
+
+
+def test_few_patients_are_said(tmp_path):
+    write_folder(tmp_path, count=2)
+    rows = [f"{name}/{i}.png,{name},p{i}" for name in ("cat", "dog") for i in range(2)]
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    rows = [f"{file},{file.split('/')[0]},p{i % 2}" for i, file in enumerate(files)]
+    (tmp_path / "data.csv").write_text("\n".join(["path,label,patient", *rows]))
+    config = settings(tmp_path, f"data.root={tmp_path / 'data.csv'}", "data.shots=1")
+    with pytest.raises(InputError, match=r"2 patients .* too few"):
+        run(config, log=quiet)
+
+
+def test_logits_keep_their_precision_under_autocast():
+    model = vpt.attach(clip(), "coop", class_names=["cat", "dog"], num_tokens=2)
+    features = torch.randn(8, model.backbone.feature_dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(features)
+    assert logits.dtype == torch.float32
+    head = vpt.attach(vit(), "vpt_deep", num_classes=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(images()).dtype == torch.float32
+
+
+def test_predicting_does_not_stop_later_training():
+    model = vpt.attach(vit(), "vpt_deep", num_classes=3)
+    model.double()
+    vpt.evaluate(model, [(images().double(), torch.tensor([0, 1, 2]))])
+    model.float()
+    loss, _ = model.train().loss(images(), torch.tensor([0, 1, 2]))
+    loss.backward()
+    assert model.prompts.grad is not None
+
+
+def test_an_artefact_brings_its_own_preprocessing(tmp_path):
+    backbone = vit()
+    model = vpt.attach(backbone, "vpt_deep", num_classes=3)
+    other = model.backbone.preprocess.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    model.backbone.preprocess = other
+    path = vpt.save(model, tmp_path / "prompt.safetensors")
+    assert vpt.load(path, backbone).backbone.preprocess == other
+
+
+def test_half_precision_weights_are_refused():
+    with pytest.raises(InputError, match=r"give model\.float\(\)"):
+        vpt.attach(vit().half(), "vpt_deep", num_classes=3)
+
+
+def test_a_checkpoint_is_not_kept_twice(tmp_path):
+    name = "vit_tiny_patch16_224"
+    path = tmp_path / "vit.pth"
+    torch.save(timm.create_model(name).state_dict(), path)
+    assert "state_dict" not in backbones.load(name, str(path)).model.pretrained_cfg
+
+
+def test_names_with_dollars_are_drawn_and_figures_kept(tmp_path):
+    write_folder(tmp_path / "images", classes=("US$_$", "b$frac"))
+    run(settings(tmp_path), log=quiet)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["num_test"] == 6
+    assert (tmp_path / "run" / "confusion.png").is_file()
