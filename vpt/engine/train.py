@@ -90,16 +90,17 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             model.train()
-            total = torch.zeros(3, device=accelerator.device)  # loss sum, correct, samples
+            # summed on the device: nothing waits for the GPU inside an epoch
+            sums, seen = torch.zeros(2, device=accelerator.device), 0  # loss, correct
             for images, labels in batches:
                 loss, correct = step(images, labels)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-                # summed on the device: nothing waits for the GPU inside an epoch
-                count = len(labels)
-                total += torch.stack([loss.detach() * count, correct, correct.new_tensor(count)])
-            loss, correct, count = accelerator.reduce(total).tolist()
+                sums += torch.stack([loss.detach() * len(labels), correct])
+                seen += len(labels)
+            totals = torch.cat([sums, sums.new_tensor([seen])])
+            loss, correct, count = accelerator.reduce(totals).tolist()
             if not math.isfinite(loss) or not all(p.isfinite().all() for p in parameters):
                 raise InputError(
                     f"the loss is {loss / count:g}, or prompts are not finite, in epoch {epoch}: "
