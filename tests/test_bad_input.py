@@ -12,7 +12,13 @@ from tiny import vit, vpt_cli, write_folder, write_image
 import vpt
 
 TRAIN = ["train", "vpt_deep", "backbone.name=tiny_clip", "data.shots=2", "train.epochs=2"]
-NOTES = ("data: ", "method: ", "trained in ", "testing on ")  # what a run says on its way
+NOTES = (
+    "data: ",
+    "backbone: ",
+    "method: ",
+    "trained in ",
+    "testing on ",
+)  # what a run says on its way
 
 
 @pytest.fixture
@@ -172,7 +178,7 @@ def test_other_files_are_no_data(tmp_path, refused):
 @pytest.mark.parametrize(
     ("override", "culprits"),
     [
-        ("data.shot=2", ["'data.shot'", "'shots'"]),
+        ("data.shot=2", ["'data.shot'", "'data.shots'"]),
         ("trian.lr=1", ["'trian'", "'train'"]),
         ("method.num_token=2", ["'num_token'", "'num_tokens'"]),
         ("method.name=vpt_deeep", ["'vpt_deeep'", "'vpt_deep'"]),

@@ -72,7 +72,7 @@ def test_another_method_brings_its_own_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "culprits"),
     [
-        (["data.shot=4"], ["'data.shot'", "'shots'"]),
+        (["data.shot=4"], ["'data.shot'", "'data.shots'"]),
         (["dta.shots=4"], ["'dta'", "'data'"]),
         (["train.learning_rate=1"], ["'train.learning_rate'", "lr"]),
         (["method.name=vpt_dep"], ["'vpt_dep'", "'vpt_deep'"]),

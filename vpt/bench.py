@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from vpt import artifact
@@ -23,7 +24,8 @@ def bench(suite: str, out: Path, rounds: int, small: bool) -> None:
     """
     if suite not in SUITES:
         raise InputError(f"no suite {suite!r}{nearest(suite, SUITES)}")
-    rows = measure(works(small), rounds)
+    todo = works(small)
+    rows = list(track(measure(todo, rounds), "measuring", total=len(todo)))
     cuda = torch.cuda.is_available()
     result = {
         "suite": suite,

@@ -30,7 +30,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds.")] = 1,
 ) -> None:
-    """Adapt the embedded tiny CLIP to handwritten digits with six methods: offline, two minutes."""
+    """Adapt the embedded tiny CLIP to handwritten digits with six methods, offline."""
     from vpt.quickstart import quickstart
 
     quickstart(out, seeds)
@@ -97,7 +97,7 @@ def bench(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, datasets, backbones or configs.")],
+    what: Annotated[str, typer.Argument(metavar="methods|datasets|backbones|configs")],
 ) -> None:
     """Show what is there: methods, datasets, backbones or configs."""
     from vpt.catalog import catalog

@@ -171,10 +171,10 @@ def validate(model: type[Model], values: Any, where: str) -> Model:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
+            section, dot, last = key.rpartition(".")
             fields = _fields_at(model, first["loc"][:-1])
-            raise InputError(
-                f"{where}: unknown key {key!r}{nearest(str(first['loc'][-1]), fields)}"
-            ) from None
+            hint = nearest(last, fields, before=section + dot)
+            raise InputError(f"{where}: unknown key {key!r}{hint}") from None
         if first["type"] == "missing":
             raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
         raise InputError(f"{where}: {key}={first['input']!r}: {first['msg'].lower()}") from None

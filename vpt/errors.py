@@ -13,8 +13,11 @@ def close(word: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the known name closest to `word`, else the known names."""
+def nearest(word: str, known: Iterable[str], before: str = "") -> str:
+    """`; did you mean 'x'?` with the known name closest to `word`, else the known names.
+
+    `before` is put before the name, such as the section of a key.
+    """
     known = sorted(known)
     name = close(word, known)
-    return f"; did you mean {name!r}?" if name else f"; known: {', '.join(known)}"
+    return f"; did you mean {before + name!r}?" if name else f"; known: {', '.join(known)}"

@@ -112,7 +112,7 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
     for column, (method, logits) in enumerate(predictions.items(), start=1):
         axes = figure.add_subplot(grid[0, column])
         axes.imshow(confusion(logits, labels).numpy(), cmap="Blues")
-        axes.set(title=f"{METHODS[method]}: confusion", xlabel="predicted", ylabel="true")
+        axes.set(title=f"confusion, {method}", xlabel="predicted", ylabel="true")
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
         axes.set_yticks(range(len(names)), names)
     first, second = (logits.argmax(-1) for logits in predictions.values())

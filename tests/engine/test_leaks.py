@@ -73,10 +73,26 @@ def test_names_in_another_order_take_their_labels_along(tmp_path):
 def test_all_tests_every_part(tmp_path):
     for part in ("train", "val", "test"):
         write_folder(tmp_path / "images" / part, count=3)
+        write_folder(tmp_path / "others" / part, count=4)
     run(settings(tmp_path), log=quiet)
     artefact = tmp_path / "run" / "prompt.safetensors"
     assert apply.evaluate(artefact, [], log=quiet)["num_test"] == 6
-    assert apply.evaluate(artefact, [], every=True, log=quiet)["num_test"] == 18
+    others = [f"data.root={tmp_path / 'others'}"]
+    assert apply.evaluate(artefact, others, every=True, log=quiet)["num_test"] == 24
+
+
+def test_all_refuses_the_images_that_it_was_trained_on(tmp_path):
+    write_folder(tmp_path / "images")
+    run(settings(tmp_path), log=quiet)
+    artefact = tmp_path / "run" / "prompt.safetensors"
+    with pytest.raises(InputError, match="4 of these images trained it: drop --all"):
+        apply.evaluate(artefact, [], every=True, log=quiet)
+
+
+def test_fit_wants_a_data_loader():
+    model = vpt.attach(vit(), "vpt_deep", num_classes=3)
+    with pytest.raises(InputError, match="needs a torch DataLoader to train on, not a list"):
+        vpt.fit(model, [(images(), torch.tensor([0, 1, 2]))])
 
 
 def test_a_class_may_be_called_train(tmp_path):

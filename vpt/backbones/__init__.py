@@ -169,8 +169,9 @@ def _one_line(name: str, checkpoint: str | None) -> Iterator[None]:
             message = " ".join(line.strip() for line in lines[:3])
             raise InputError(f"{checkpoint}: does not fit {name}: {message}") from None
         raise InputError(
-            f"weights of {name} could not be downloaded: connect to the network, or give "
-            f"backbone.checkpoint=FILE ({lines[0][:100]})"
+            f"weights of {name} could not be downloaded: connect to the network, give "
+            "backbone.checkpoint=FILE, or try backbone.name=tiny_clip, which needs neither "
+            f"({lines[0][:100]})"
         ) from None
 
 

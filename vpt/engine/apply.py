@@ -21,7 +21,7 @@ from vpt.config import (
 from vpt.data.fewshot import split_shots
 from vpt.data.images import check_images, find_images
 from vpt.data.loaders import make_loader
-from vpt.data.sources import Samples, open_source
+from vpt.data.sources import Samples, Source, open_source
 from vpt.engine.evaluate import EVAL_BATCH, metrics
 from vpt.engine.evaluate import predict as logits_and_labels
 from vpt.engine.run import Log, RunFolder
@@ -70,6 +70,7 @@ def evaluate(
             f"give data.classes=[{','.join(metadata['class_names'])}]"
         )
     if every:
+        _check_unseen(source, settings.data, metadata, path)
         tests = list(source.parts.values())
     else:
         split = split_shots(source, settings.data.shots, settings.data.seed)
@@ -88,6 +89,19 @@ def evaluate(
     loaders = [make_loader(test, model.backbone.preprocess, EVAL_BATCH) for test in tests]
     outputs = [logits_and_labels(model, loader, precision) for loader in loaders]
     return metrics(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+
+def _check_unseen(source: Source, data: DataConfig, metadata: dict[str, Any], path: Path) -> None:
+    """Refuses the very data that the artefact was trained on as new test data."""
+    try:
+        split = split_shots(source, data.shots, data.seed)
+    except InputError:  # too few images to have been trained on
+        return
+    if split.hash == metadata.get("split_hash"):
+        raise InputError(
+            f"{path}: {len(split.train)} of these images trained it: drop --all to test on the "
+            f"other {len(split.test)}"
+        )
 
 
 def predict(

@@ -87,6 +87,7 @@ def run(config: RunConfig, *, resume: bool = False, log: Log = print) -> dict[st
     log(f"data: {describe(source, split)}")
 
     set_seed(config.train.seed)
+    log(f"backbone: {config.backbone.name}, downloaded the first time")
     backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
     backbone.exact_tokens = config.engine.exact_tokens
     if not backbone.knows_rows:

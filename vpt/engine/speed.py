@@ -1,7 +1,7 @@
 """`vpt bench speed`: this engine against the form the reference implementations use."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -32,14 +32,13 @@ class Work:
     bare: Step | None = None  # the frozen backbone alone
 
 
-def measure(works: Sequence[Work], rounds: int) -> list[dict[str, Any]]:
+def measure(works: Sequence[Work], rounds: int) -> Iterator[dict[str, Any]]:
     """A row for each work: medians over interleaved rounds, ratios, FLOPs, saved activations.
 
     Raises:
         InputError: engine and tokens do not agree; nothing is reported then.
     """
     rate = matmul_rate()
-    rows = []
     for work in works:
         error = _disagreement(work.engine(), work.tokens())
         if error > TOLERANCE:
@@ -64,8 +63,7 @@ def measure(works: Sequence[Work], rounds: int) -> list[dict[str, Any]]:
         if work.bare:
             row["engine_to_bare"] = row["engine_ms"] / row["bare_ms"]
         row["of_matmul_rate"] = row["engine_gflop"] * 1e9 / (row["engine_ms"] / 1e3) / rate
-        rows.append(row)
-    return rows
+        yield row
 
 
 def matmul_rate(size: int = 1024) -> float:

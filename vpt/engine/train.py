@@ -53,9 +53,11 @@ def fit(
         One record an epoch: epoch, lr, loss, accuracy, seconds, and val_accuracy where `val` is.
 
     Raises:
-        InputError: the loss is not finite; the checkpoint does not belong to this model; a
-            setting that TrainConfig does not have.
+        InputError: no DataLoader; the loss is not finite; the checkpoint does not belong to this
+            model; a setting that TrainConfig does not have.
     """
+    if not isinstance(train, DataLoader):
+        raise InputError(f"fit needs a torch DataLoader to train on, not a {type(train).__name__}")
     if not isinstance(config, TrainConfig):
         config = validate(TrainConfig, config or {}, where="config")
     accelerator = make_accelerator(config.precision)

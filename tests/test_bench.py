@@ -1,0 +1,30 @@
+"""`vpt bench speed` on tiny towers: a row for each work, and none where the paths disagree."""
+
+import json
+
+import pytest
+
+from vpt.bench import bench
+from vpt.engine.speed import Work, measure, works
+from vpt.errors import InputError
+
+
+def test_speed_writes_a_row_for_each_work(tmp_path):
+    bench("speed", tmp_path, rounds=1, small=True)
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert len(result["rows"]) == len(works(small=True))
+    for row in result["rows"]:
+        assert row["disagreement"] < 1e-4
+        assert row["flop_ratio"] > 1
+
+
+def test_nothing_is_measured_where_the_paths_disagree():
+    work = works(small=True)[0]
+    wrong = Work("wrong", engine=work.engine, tokens=lambda: [t + 1 for t in work.tokens()])
+    with pytest.raises(InputError, match="wrong: engine and tokens differ"):
+        list(measure([wrong], rounds=1))
+
+
+def test_an_unknown_suite_is_refused(tmp_path):
+    with pytest.raises(InputError, match="did you mean 'speed'"):
+        bench("sped", tmp_path, rounds=1, small=True)
