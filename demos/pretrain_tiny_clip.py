@@ -24,11 +24,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+
+from vpt.backbones import load_tiny_clip
 
 CONFIG: dict[str, Any] = {
     "model_cfg": {
@@ -395,18 +396,6 @@ def save(model: open_clip.CLIP, ids: Tensor, out: Path) -> None:
     os.replace(out / "weights.tmp", out / "weights.safetensors")  # readers never see half a file
 
 
-def load(out: Path) -> open_clip.CLIP:
-    """Rows of tokens never trained get the mean of the trained ones."""
-    cfg = json.loads((out / "open_clip_config.json").read_text())["model_cfg"]
-    model = open_clip.CLIP(**cfg)
-    state = {k: v.float() for k, v in load_file(out / "weights.safetensors").items()}
-    ids, rows = state.pop("token_rows.ids").long(), state.pop("token_rows.weight")
-    table = rows.mean(0).repeat(cfg["text_cfg"]["vocab_size"], 1)
-    table[ids] = rows
-    model.load_state_dict(state | {"token_embedding.weight": table}, strict=True)
-    return model.eval()
-
-
 def text_features(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
     """`encode_text`, cut to the longest caption: the tower is causal, so this is exact."""
     n = int((tokens != 0).sum(1).max())
@@ -567,7 +556,7 @@ def main() -> None:
         x = x.reshape(12, -1, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(12 * 32, -1, 3)
         Image.fromarray((x * 255).byte().numpy()).resize((x.shape[1] * 2, 768)).save(args.sheet)
     elif args.eval:
-        for key, value in evaluate(load(args.out), data).items():
+        for key, value in evaluate(load_tiny_clip(args.out), data).items():
             print(f"{key:60} {value:.3f}")
     else:
         train(args, data)

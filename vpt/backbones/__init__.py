@@ -18,7 +18,7 @@ from vpt.backbones.base import Backbone, share
 from vpt.config import BackboneConfig, read_yaml, validate
 from vpt.errors import InputError, close
 
-__all__ = ["Backbone", "adapt", "families", "load"]
+__all__ = ["Backbone", "adapt", "families", "load", "load_tiny_clip"]
 
 TINY_CLIP = Path(__file__).parent / "tiny_clip"
 
@@ -74,7 +74,7 @@ def load(name: str, checkpoint: str | None = None) -> Backbone:
     if name == "tiny_clip":
         if checkpoint:
             raise InputError(f"backbone.checkpoint={checkpoint}: tiny_clip has its own: drop it")
-        model = _tiny_clip()
+        model = load_tiny_clip()
     elif library == "timm" or (library != "open_clip" and timm.is_model(name.split(".")[0])):
         model = _timm(rest if library == "timm" else name, checkpoint)
     elif library == "open_clip" or name in open_clip.list_models() or ":" in name:
@@ -123,15 +123,15 @@ def _open_clip(name: str, checkpoint: str | None) -> nn.Module:
         return open_clip.create_model(name, pretrained=checkpoint, require_pretrained=True)
 
 
-def _tiny_clip() -> nn.Module:
+def load_tiny_clip(folder: Path = TINY_CLIP) -> open_clip.CLIP:
     """The embedded CLIP, whose file holds only the token rows that were trained.
 
     Any other word gets the mean of these and an eighth of the difference of two: without meaning,
     but different words stay different.
     """
     with _quiet():
-        model = open_clip.create_model(f"local-dir:{TINY_CLIP}", load_weights=False)
-    state = safetensors.torch.load_file(TINY_CLIP / "weights.safetensors")
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    state = safetensors.torch.load_file(folder / "weights.safetensors")
     rows, ids = state.pop("token_rows.weight").float(), state.pop("token_rows.ids").long()
     words = torch.arange(model.vocab_size)
     embedding = rows.mean(0) + (rows[words % len(rows)] - rows[words // len(rows)]) / 8
