@@ -24,7 +24,7 @@ class TokenOptions(Strict):
     project: PositiveInt | None = None  # train in this width, map linearly to the model's
     position: Position = "prepend"  # after the class token, or after the last patch
     # probe: `fit` starts from the linear probe of the randomly prompted features; random: as the
-    # paper does, which few images rarely recover from
+    # paper does
     head: Literal["probe", "random"] = "probe"
 
 
