@@ -218,9 +218,55 @@ def test_what_is_left_out_is_said(tmp_path, write_run):
     write_run(0.8, seed=4, config={"data": {"root": None, "seed": 4, "split": "train-val"}})
     page, rows, _ = build(tmp_path)
     assert [(row["n"], row["accuracy"]) for row in rows] == [("1", "0.5")]
-    assert "run1: repeats another run, left out." in page.text
-    assert "run2: not finished, left out." in page.text
+    assert "Runs left out: 2" in page.text
+    left_out = [["run2", "not finished"], ["run1", "repeats another run"]]
+    assert page.rows[-2:] == left_out
+    with (tmp_path / "out" / "left_out.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["run", "why"], *left_out]
     assert str(tmp_path) not in page.text
+
+
+def test_a_failed_run_is_named_with_its_reason(tmp_path, write_run):
+    (write_run(0.5) / "failure.txt").write_text("of an attempt before the one that finished")
+    broken = write_run(0.5, method="lora")
+    (broken / "result.json").unlink()
+    (broken / "failure.txt").write_text("the loss is not finite")
+    early = tmp_path / "bench" / "coop"  # no configuration yet
+    early.mkdir()
+    (early / "failure.txt").write_text("digits: no such file & <no> more")
+    page, _, _ = build(tmp_path)
+    assert page.rows[-2:] == [
+        ["run1", "failed: the loss is not finite"],
+        ["coop", "failed: digits: no such file & <no> more"],
+    ]
+    (tmp_path / "bench" / "run0" / "result.json").unlink()
+    with pytest.raises(InputError, match="no finished run below it: failed: digits: no such file"):
+        build(tmp_path)
+
+
+def test_test_images_like_training_images_are_counted_for_each_data_set(tmp_path, write_run):
+    for data, count in (("digits", 0), ("pets", 2), ("pets", 3)):
+        folder = write_run(0.5, data=data, seed=count)
+        (folder / "duplicates.jsonl").write_text('{"test": "a", "train": "b", "bits": 0}\n' * count)
+    page, _, _ = build(tmp_path)
+    assert "pets: up to 3 test or calibration images of a run look like a training" in page.text
+    assert "digits: up to" not in page.text
+
+
+def test_intervals_and_areas_stand_where_runs_have_them(tmp_path, write_run):
+    write_run(0.8, seed=1, auprc=0.7, accuracy_interval=[0.75, 0.85], auprc_interval=None)
+    write_run(0.9, seed=2, auprc=0.8, accuracy_interval=[0.85, 0.93])
+    write_run(0.5, method="coop")
+    page, rows, _ = build(tmp_path)
+    header = next(row for row in page.rows if "ECE" in row)
+    coop, ours = (row for row in page.rows if row[:3] == ["digits", "16", "tiny_clip"])
+    shown = dict(zip(header, ours, strict=True))
+    assert shown["accuracy"] == "85.0 ± 7.1 [80.0–89.0]"
+    assert shown["AUPRC"] == "75.0 ± 7.1"
+    assert dict(zip(header, coop, strict=True))["AUPRC"] == ""
+    assert "AUROC" not in header  # no run has one
+    assert float(rows[1]["accuracy_low"]) == pytest.approx(0.8)
+    assert rows[0]["accuracy_low"] == ""
 
 
 @pytest.mark.parametrize(
@@ -281,7 +327,7 @@ def test_a_broken_file_is_named(tmp_path, write_run, name, content, said):
 def test_no_finished_run(tmp_path, capfd, monkeypatch):
     code, _, err = vpt_cli(capfd, monkeypatch, "report", tmp_path)
     assert code == 1
-    assert err.startswith(f"vpt: {tmp_path}: no finished run below it")
+    assert err.startswith(f"vpt: {tmp_path}: no finished run below it: give the folder")
     assert list(tmp_path.iterdir()) == []
 
 

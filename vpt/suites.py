@@ -53,6 +53,7 @@ def run_suite(
             bar.console.print(_line(config, failure), soft_wrap=True, highlight=False, markup=False)
             if failure and config.data.split == suite.split:  # a grid may hold what fails
                 failures[config.out.name] = failure
+                artifact.write_atomically(RunFolder(config.out).failure, failure.encode())
     console = Console()
     if failures:
         console.print(_table(failures))

@@ -18,6 +18,7 @@ from tiny import vpt_cli, write_folder
 
 from vpt import methods, resources
 from vpt.config import load_suite, to_yaml
+from vpt.data.cards import load_card
 from vpt.engine.cluster import run_on_ray
 from vpt.engine.local import run_locally
 from vpt.engine.run import RunFolder
@@ -80,6 +81,14 @@ def test_every_suite_is_valid(name):
 @pytest.mark.parametrize("name", SUITES)
 def test_every_data_set_of_a_suite_has_a_card(name):
     assert set(load_suite(name).data) - set(resources.names("datasets")) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != "toy"])
+def test_the_groups_of_a_published_suite_hold_its_data_sets_alone(name):
+    cards = {card: load_card(card) for card in resources.names("datasets")}
+    groups = {cards[data].group for data in load_suite(name).data}
+    members = [card for card in cards if cards[card].group in groups]
+    assert sorted(members) == sorted(load_suite(name).data)
 
 
 def test_cells_are_all_combinations():
@@ -207,6 +216,7 @@ def test_a_grid_on_images(tmp_path, suite, cli):
     tried, finals = results(out, "grid"), results(out)
     assert sorted((r["num_train"], r["num_test"]) for r in tried.values()) == [(8, 6)] * 2
     assert sorted((r["num_train"], r["num_test"]) for r in finals.values()) == [(14, 10)] * 2
+    assert {result["shots_per"] for result in finals.values()} == {"image"}
     for folder, result in finals.items():
         assert f"{folder.name}: {result['accuracy']:.1%}" in shown
         code, figures, err = cli("eval", folder / "prompt.safetensors")  # the same split again
@@ -223,6 +233,10 @@ def test_a_run_that_cannot_be_done_stops_no_other(tmp_path, suite, cli):
     assert len(results(tmp_path / "out")) == 1
     assert "1 runs failed" in shown
     assert "caltech101: no such file" in " ".join(shown.split())
+
+    failures = list((tmp_path / "out").glob("runs/*/failure.txt"))
+    assert ["caltech101" in path.parent.name for path in failures] == [True]
+    assert "no such file" in failures[0].read_text()
 
     code, _, err = cli(*arguments)
     assert code == 1
@@ -297,6 +311,7 @@ def test_a_run_that_another_process_has_is_waited_for(tmp_path):
     (cell,) = toy(tmp_path, "methods=[zero_shot]", "shots=[1]", "seeds=[1]")
     (config,) = cell.finals(cell.settings[0])
     config.out.mkdir(parents=True)
+    RunFolder(config.out).failure.write_text("of an attempt before")
     theirs = json.dumps({"accuracy": 1})
     with ThreadPoolExecutor() as pool:
         with FileLock(config.out / ".lock"):
@@ -306,6 +321,7 @@ def test_a_run_that_another_process_has_is_waited_for(tmp_path):
             RunFolder(config.out).result.write_text(theirs)
         assert failure.result() is None
     assert RunFolder(config.out).result.read_text() == theirs
+    assert not RunFolder(config.out).failure.exists()
 
 
 def test_a_node_that_dies_loses_no_run(tmp_path, suite):

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from vpt.engine.accelerator import processes
 from vpt.engine.decision import check_decision, fit_decision, resampled_figures
 from vpt.engine.evaluate import EVAL_BATCH, confusion, metrics, predict
 from vpt.engine.figures import draw_confusion
+from vpt.engine.progress import Log
 from vpt.engine.train import Record, fit
 from vpt.errors import InputError
 
-Log = Callable[[str], None]
 NOTICE = "Not for clinical use."  # with every result of medical data
 
 
@@ -54,6 +53,11 @@ class RunFolder:
     def duplicates(self) -> Path:
         """One JSON record a test image that looks like a training image; there only if any does."""
         return self.path / "duplicates.jsonl"
+
+    @property
+    def failure(self) -> Path:
+        """Why a suite could not do the run, in one line; there only if its last attempt failed."""
+        return self.path / "failure.txt"
 
     @property
     def result(self) -> Path:
@@ -101,7 +105,7 @@ def run(
     duplicates = _duplicates(config, split, log)
 
     set_seed(config.train.seed)
-    log(f"backbone: {config.backbone.name}, downloaded the first time")
+    log(f"backbone: {config.backbone.name}")
     backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
     backbone.exact_tokens = config.engine.exact_tokens
     backbone.checkpointing = config.engine.checkpointing
@@ -195,6 +199,7 @@ def run(
         "fingerprint": model.backbone.fingerprint()[:16],
         "data": source.name,
         "shots": config.data.shots,
+        "shots_per": config.data.shots_per,
         "num_train": len(split.train),
         "seed": config.data.seed,
         "config_hash": config.hash,

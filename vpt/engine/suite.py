@@ -109,6 +109,7 @@ def attempt(config: RunConfig) -> str | None:
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         with FileLock(config.out / ".lock"):
+            RunFolder(config.out).failure.unlink(missing_ok=True)
             run(config, resume=True, log=lambda line: None, progress=False)
     except InputError as error:
         return str(error)

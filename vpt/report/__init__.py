@@ -1,8 +1,9 @@
-"""`vpt report`: all runs below a folder as one page, a CSV file and LaTeX tables."""
+"""`vpt report`: all runs below a folder as one page, CSV files and LaTeX tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 from pydantic import BaseModel
 
@@ -10,8 +11,9 @@ from vpt import resources
 from vpt.artifact import write_atomically
 from vpt.config import Published, read_yaml, validate
 from vpt.data.cards import Card, load_card
+from vpt.engine.progress import Log
 from vpt.report.figures import draw_figures
-from vpt.report.runs import find_runs, incomparable, read_curves, read_runs, shots_text
+from vpt.report.runs import caveats, find_runs, read_curves, read_runs, shots_text
 from vpt.report.tables import MEAN, Column, accuracy_table, cell_table, make_cells
 
 PAGES = Environment(loader=PackageLoader("vpt", "report"), autoescape=True, trim_blocks=True)
@@ -23,8 +25,11 @@ class _Suite(BaseModel):
     published: dict[str, list[Published]] = {}  # group of data sets → figures of its mean
 
 
-def report(folder: Path, out: Path, log: Callable[[str], None] = print) -> Path:
-    """Write report.html, report.csv and report.tex of all runs below `folder` into `out`.
+def report(folder: Path, out: Path, log: Log = print) -> Path:
+    """Write a page, CSV and LaTeX of all runs below `folder` into `out`.
+
+    report.html, report.csv and report.tex are of finished runs; left_out.csv says which runs are
+    in none of them, and why.
 
     Args:
         folder: holds run folders, at any depth.
@@ -37,17 +42,16 @@ def report(folder: Path, out: Path, log: Callable[[str], None] = print) -> Path:
     Raises:
         InputError: no finished run, or a file of one that is not what a run writes.
     """
-    finished, unfinished = find_runs(folder)
+    finished, others = find_runs(folder)
     cards = {name: load_card(name) for name in resources.names("datasets")}
     runs = read_runs(finished, cards)
     again = runs.config_hash.duplicated()
-    left_out = [(run, "not finished") for run in unfinished]
-    left_out += [(run, "repeats another run") for run in runs.folder[again]]
-    notes = [f"{run.path.relative_to(folder)}: {why}, left out." for run, why in left_out]
+    others |= dict.fromkeys(runs.folder[again], "repeats another run")
+    left_out = {str(run.path.relative_to(folder)): why for run, why in others.items()}
     runs = runs[~again]
-    notes += incomparable(runs)
-    for note in notes:
-        log(note)
+    notes = caveats(runs)
+    for line in (*(f"{run}: left out: {why}" for run, why in left_out.items()), *notes):
+        log(line)
 
     cells = make_cells(runs)
     table = accuracy_table(cells, cards, _published(folder, cards))
@@ -55,15 +59,18 @@ def report(folder: Path, out: Path, log: Callable[[str], None] = print) -> Path:
         num_runs=len(runs),
         cells=cells,
         notes=notes,
-        medical=any(cards[name].layout == "npz" for name in set(runs.card) & set(cards)),
+        left_out=left_out,
+        medical=any(cards[name].medical for name in set(runs.card) & set(cards)),
         table=table,
         every_cell=cell_table(cells),
         drawings=draw_figures(cells, read_curves(runs)),
     )
     tex = f"% needs booktabs and multirow\n{table.to_latex()}"
     csv = cells.assign(shots=cells.shots.map(shots_text)).to_csv(index=False)
+    reasons = pd.Series(left_out, name="why").to_csv(index_label="run")
     write_atomically(out / "report.tex", tex.encode())
     write_atomically(out / "report.csv", csv.encode())
+    write_atomically(out / "left_out.csv", reasons.encode())
     write_atomically(out / "report.html", page.encode())
     return out / "report.html"
 

@@ -1,4 +1,4 @@
-"""Finished runs as one table, and what keeps them from being compared."""
+"""Finished runs as one table, and what to know before they are compared."""
 
 import math
 from collections.abc import Mapping
@@ -20,14 +20,17 @@ METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "auroc": "AUROC",
+    "auprc": "AUPRC",
     "ece": "ECE",
 }
+INTERVALS = [name for name in METRICS if name != "ece"]  # figures that have one, of 95 %
 # settings that do not tell the runs of a cell apart
 _SAME = (
     r"expected\..*|method\.name|data\.(name|root|shots|seed|workers|duplicates)|train\.seed"
     r"|engine\.feature_cache"
 )
 
+Interval = tuple[float, float]
 Settings = dict[str, str]  # SECTION.KEY of a configuration → value
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -44,7 +47,13 @@ class Result(BaseModel):
     balanced_accuracy: float | None
     macro_f1: float | None
     auroc: float | None
+    auprc: float | None = None
     ece: float | None
+    accuracy_interval: Interval | None = None
+    balanced_accuracy_interval: Interval | None = None
+    macro_f1_interval: Interval | None = None
+    auroc_interval: Interval | None = None
+    auprc_interval: Interval | None = None
     num_test: int
     tunable_parameters: int
     train_seconds: float
@@ -65,8 +74,8 @@ class Epoch(BaseModel):
     val_accuracy: float | None = None
 
 
-def find_runs(folder: Path) -> tuple[dict[RunFolder, Settings], list[RunFolder]]:
-    """The finished runs below `folder` with their settings, and the unfinished ones, by path.
+def find_runs(folder: Path) -> tuple[dict[RunFolder, Settings], dict[RunFolder, str]]:
+    """The finished runs below `folder` with their settings, the others with what became of them.
 
     Those that only choose a setting (`data.split=train-val`) are none of them.
 
@@ -78,17 +87,24 @@ def find_runs(folder: Path) -> tuple[dict[RunFolder, Settings], list[RunFolder]]
     }
     tested = {run: s for run, s in found.items() if s.get("data.split") != "train-val"}
     finished = {run: settings for run, settings in tested.items() if run.result.is_file()}
+    failed = {
+        RunFolder(path.parent): f"failed: {path.read_text()}"
+        for path in sorted(folder.rglob("failure.txt"))
+    }
     if not finished:
-        raise InputError(f"{folder}: no finished run below it: give the folder that holds the runs")
-    return finished, [run for run in tested if run not in finished]
+        mend = next(iter(failed.values()), "give the folder that holds the runs")
+        raise InputError(f"{folder}: no finished run below it: {mend}")
+    others = dict.fromkeys(tested, "not finished") | failed
+    return finished, {run: state for run, state in others.items() if run not in finished}
 
 
 def read_runs(found: Mapping[RunFolder, Settings], cards: Mapping[str, Card]) -> pd.DataFrame:
     """One row a run: the fields of `Result`, its card's name and its folder.
 
-    `shots` is infinite where all training images were taken. `data` names the root too, where the
-    card is none of a data set. Where runs of a cell differ in more than the seed, `method` says in
-    what, so that they become cells of their own.
+    An interval is two columns, `NAME_low` and `NAME_high`; `duplicates` counts the test images that
+    look like a training image. `shots` is infinite where all training images were taken. `data`
+    names the root too, where the card is none of a data set. Where runs of a cell differ in more
+    than the seed, `method` says in what, so that they become cells of their own.
 
     Raises:
         InputError: a result.json that is not a run's.
@@ -97,7 +113,11 @@ def read_runs(found: Mapping[RunFolder, Settings], cards: Mapping[str, Card]) ->
     runs = pd.DataFrame([result.model_dump() for result in results])
     runs = runs.astype({"shots": float} | dict.fromkeys(METRICS, float))
     runs["shots"] = runs["shots"].fillna(math.inf)
+    for name in INTERVALS:
+        pairs = [pair or (math.nan, math.nan) for pair in runs.pop(f"{name}_interval")]
+        runs[[f"{name}_low", f"{name}_high"]] = pairs
     runs["folder"] = list(found)
+    runs["duplicates"] = [_count_lines(run.duplicates) for run in found]
     runs["card"] = runs["data"]
     settings = pd.DataFrame(list(found.values()))
     generic = [name in cards and not cards[name].num_classes for name in runs.card]
@@ -128,8 +148,8 @@ def read_curves(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*CELL, *Epoch.model_fields])
 
 
-def incomparable(runs: pd.DataFrame) -> list[str]:
-    """What keeps figures of `runs` from standing beside each other, a sentence each."""
+def caveats(runs: pd.DataFrame) -> list[str]:
+    """What to know before figures of `runs` are believed or compared, a sentence each."""
     found = []
     for (data, shots, seed), part in runs.groupby(["data", "shots", "seed"]):
         if part.split_hash.nunique() > 1:
@@ -138,6 +158,12 @@ def incomparable(runs: pd.DataFrame) -> list[str]:
             found.append(
                 f"{data} (shots: {shots_text(shots)}, seed: {seed}): not the same images for all, "
                 f"so not comparable: {sides}."
+            )
+    for data, count in runs.groupby("data").duplicates.max().items():
+        if count:
+            found.append(
+                f"{data}: up to {count} test or calibration images of a run look like a training "
+                "image (duplicates.jsonl)."
             )
     for backbone, part in runs.groupby("backbone"):
         if part.fingerprint.nunique() > 1:
@@ -159,6 +185,10 @@ def _settings(path: Path) -> Settings:
     config = OmegaConf.to_container(read_yaml(path))
     sections = {name: keys for name, keys in config.items() if isinstance(keys, dict)}
     return {f"{name}.{key}": str(keys[key]) for name, keys in sections.items() for key in keys}
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
 def _parse(model: type[Record], text: bytes, path: Path) -> Record:

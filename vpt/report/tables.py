@@ -10,7 +10,7 @@ from pandas.io.formats.style import Styler
 
 from vpt.config import Published
 from vpt.data.cards import Card
-from vpt.report.runs import CELL, METRICS, shots_text
+from vpt.report.runs import CELL, INTERVALS, METRICS, shots_text
 
 VTAB = ["natural", "specialized", "structured"]  # groups of VTAB-1k
 Column = tuple[str, str]  # group of data sets; data set, or what the mean is over
@@ -18,9 +18,14 @@ MEAN = "mean"
 
 
 def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell: mean and sample standard deviation (NaN of one run) of its `n` runs."""
+    """One row a cell: mean and sample standard deviation (NaN of one run) of its `n` runs.
+
+    The bounds of its runs' intervals, `NAME_low` and `NAME_high`, are averaged too.
+    """
     figures = {name: (name, "mean") for name in METRICS}
     figures |= {f"{name}_std": (name, "std") for name in METRICS}
+    bounds = [f"{name}_{bound}" for name in INTERVALS for bound in ("low", "high")]
+    figures |= {bound: (bound, "mean") for bound in bounds}
     return runs.groupby(CELL, as_index=False).agg(
         card=("card", "first"),
         n=("seed", "size"),
@@ -35,12 +40,17 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_table(cells: pd.DataFrame) -> Styler:
-    """Every cell with all its figures, those of METRICS in percent."""
+    """Every cell with the figures that any has, those of METRICS in percent."""
     shown = {key: cells[key] for key in CELL} | {"shots": cells.shots.map(shots_text)}
     shown["seeds"] = cells.n
     for name, words in METRICS.items():
-        means, spreads = 100 * cells[name], 100 * cells[f"{name}_std"]
-        shown[words] = list(map(_percent, means, spreads))
+        parts = [f"{name}{part}" for part in ("", "_std", "_low", "_high")]
+        figures = 100 * cells.reindex(columns=parts)  # not every figure has an interval
+        if figures[name].notna().any():
+            shown[words] = [
+                _percent(mean, spread) + _interval(low, high)
+                for mean, spread, low, high in figures.itertuples(index=False)
+            ]
     shown["test images"] = cells.num_test
     shown["tunable parameters"] = cells.tunable_parameters.map("{:,}".format)
     shown["seconds to train"] = cells.train_seconds.map("{:,.2f}".format)
@@ -167,6 +177,10 @@ def _percent(mean: float, spread: float | None = None) -> str:
     if spread is None:
         return f"{mean:.1f}"
     return f"{mean:.1f} ± " + ("–" if math.isnan(spread) else f"{spread:.1f}")
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f" [{low:.1f}–{high:.1f}]"
 
 
 def _each(values: pd.Series) -> str:
