@@ -79,6 +79,21 @@ def test_another_backbone_is_refused(saved):
     refused(path, "made for backbone", backbone)
 
 
+@pytest.mark.parametrize("change", ["activation", "pooling", "heads"])
+def test_another_architecture_of_the_same_weights_is_refused(saved, change):
+    _, path, _ = saved
+    other = vit(num_heads=4) if change == "heads" else vit()
+    if change == "pooling":
+        other.global_pool = "avg"
+    for block in other.blocks if change == "activation" else []:
+        block.mlp.act = torch.nn.ReLU()
+    refused(path, "another architecture", other)
+    known = artifact.read(path)[1]["backbone"]
+    known.pop("answer")
+    rewrite(path, backbone=known)  # as before artefacts had it
+    vpt.load(path, other)
+
+
 def test_an_unnamed_backbone_must_be_given(saved):
     refused(saved[1], "give backbone=MODEL")
 

@@ -277,6 +277,12 @@ def artefact(tmp_path):
     return vpt.save(model, tmp_path / "pets.safetensors")
 
 
+@pytest.mark.parametrize("command", [["eval"], ["export", "--onnx"]], ids=lambda words: words[0])
+def test_a_backbone_without_a_name(tmp_path, refused, artefact, command):
+    said = refused(*command, artefact)
+    assert f"{artefact}: backbone.name is missing: give backbone.name=VALUE" in said
+
+
 def note(path):
     path.write_text("hello")
 

@@ -7,6 +7,8 @@ import sys
 from functools import cache, partial, partialmethod
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from tiny import NAMES, clip, images, vit, vpt_cli
@@ -15,9 +17,7 @@ import vpt
 from vpt import artifact, backbones, methods
 from vpt.errors import InputError
 
-onnx = pytest.importorskip("onnx")
 pytest.importorskip("torch", "2.15")  # older exporters know fewer operators
-onnxruntime = pytest.importorskip("onnxruntime")
 
 BACKBONES = {
     "vit": lambda: vit(reg_tokens=2, no_embed_class=True, qk_norm=True, init_values=0.5),

@@ -19,6 +19,7 @@ from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
 FORMAT = 1
+TOLERANCE = 5e-3  # of a backbone's answer, relative: TF32 is within, quick GELU for GELU is not
 
 
 def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
@@ -45,7 +46,7 @@ def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
         "backbone": {
             "name": config.name if config else None,
             "checkpoint": config.checkpoint if config else None,
-            "fingerprint": model.backbone.fingerprint(),
+            **model.backbone.identity(),
         },
         **details,
     }
@@ -84,6 +85,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def backbone_settings(metadata: dict[str, Any]) -> dict[str, str]:
+    """`name` and `checkpoint` of the backbone that an artefact was trained on, if it knows them."""
+    known = {key: metadata["backbone"][key] for key in ("name", "checkpoint")}
+    return {key: value for key, value in known.items() if value is not None}
+
+
 def load(
     path: str | Path, backbone: nn.Module | None = None, tokenizer: Tokenizer | None = None
 ) -> methods.Method:
@@ -102,7 +109,9 @@ def load(
     made_for = metadata["backbone"]
     if backbone is None:
         if made_for["name"] is None:
-            raise InputError(f"{path}: does not know its backbone's name: give backbone=MODEL")
+            raise InputError(
+                f"{path}: does not know its backbone's name: give backbone=MODEL to vpt.load"
+            )
         backbone = backbones.load(made_for["name"], made_for["checkpoint"])
     adapted = backbones.adapt(backbone)
     if adapted.fingerprint() != made_for["fingerprint"]:
@@ -112,6 +121,11 @@ def load(
             "give the backbone that it was trained on"
         )
     adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
+    if "answer" in made_for and _differ(adapted.answer(), made_for["answer"]):
+        raise InputError(
+            f"{path}: made for a backbone of these weights but another architecture, such as "
+            "another activation or pooling: give the backbone that it was trained on"
+        )
     try:
         model = methods.attach(
             adapted,
@@ -132,6 +146,11 @@ def load(
     model.load_state_dict(tensors, strict=False)
     model.metadata = metadata
     return model.eval()
+
+
+def _differ(one: list[float], other: list[float]) -> bool:
+    a, b = torch.tensor(one), torch.tensor(other)
+    return bool((a - b).norm() > TOLERANCE * b.norm())
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpt import artifact, backbones
+from vpt import artifact
 from vpt.backbones.clip import CLIP_VOCABULARY
 from vpt.data.images import check_images, read_image
+from vpt.engine.apply import load
 from vpt.engine.figures import save
 from vpt.errors import InputError
 from vpt.methods import Method
@@ -109,7 +110,7 @@ def explain_context(path: Path, checkpoint: str | None = None) -> dict[str, list
     Raises:
         InputError: as `artifact.load`; a method without a context.
     """
-    model = _load(path, checkpoint)
+    model = load(path, checkpoint)
     context = getattr(model, "context", None)
     if context is None:
         raise InputError(f"{path}: {model.name} has no context of words: give images to explain")
@@ -132,7 +133,7 @@ def explain_images(
     Raises:
         InputError: as `artifact.load`; a file that is no image.
     """
-    model = _load(path, checkpoint)
+    model = load(path, checkpoint)
     windows = model.metadata.get("data", {}).get("windows")
     check_images(images, windows)
     notice = ": not for clinical use" if model.metadata.get("medical") else ""
@@ -183,9 +184,3 @@ def draw_saliency(axes: Any, pixels: np.ndarray, heat: Tensor) -> None:
     axes.imshow(pixels.mean(-1), cmap="gray")
     strength = (smooth.abs() / limit).clamp(max=1).numpy()
     axes.imshow(smooth, cmap="bwr", vmin=-limit, vmax=limit, alpha=0.6 * strength)
-
-
-def _load(path: Path, checkpoint: str | None) -> Method:
-    _, metadata = artifact.read(path)
-    name = metadata["backbone"]["name"]
-    return artifact.load(path, backbones.load(name, checkpoint) if name and checkpoint else None)

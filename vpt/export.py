@@ -36,8 +36,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Method:
         InputError: as `artifact.load`; an override that is no `backbone.…=`.
     """
     _, metadata = artifact.read(path)
-    own = {key: metadata["backbone"][key] for key in ("name", "checkpoint")}
-    settings = validate(Settings, apply_overrides({"backbone": own}, overrides), where=str(path))
+    own = {"backbone": artifact.backbone_settings(metadata)}
+    settings = validate(Settings, apply_overrides(own, overrides), where=str(path))
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     return artifact.load(path, backbone)
 

@@ -24,8 +24,10 @@ from vpt.data.sources import Samples, Source, open_source
 from vpt.engine.decision import Decision, resampled_figures
 from vpt.engine.evaluate import EVAL_BATCH, metrics
 from vpt.engine.evaluate import predict as logits_and_labels
-from vpt.engine.run import NOTICE, Log, RunFolder
+from vpt.engine.progress import Log
+from vpt.engine.run import NOTICE, RunFolder
 from vpt.errors import InputError
+from vpt.methods import Method
 
 
 class Settings(Strict):
@@ -54,7 +56,7 @@ def evaluate(
     root = OmegaConf.select(read_yaml(beside), "data.root") if beside.is_file() else None
     settings = {
         "data": {**metadata.get("data", {}), "root": root},
-        "backbone": {key: metadata["backbone"][key] for key in ("name", "checkpoint")},
+        "backbone": artifact.backbone_settings(metadata),
     }
     settings = validate(Settings, apply_overrides(settings, overrides), where=str(path))
     source = open_source(settings.data)
@@ -112,6 +114,17 @@ def _check_unseen(source: Source, data: DataConfig, metadata: dict[str, Any], pa
         )
 
 
+def load(path: Path, checkpoint: str | None = None) -> Method:
+    """The model of the artefact at `path`, its backbone's weights from `checkpoint` where given.
+
+    Raises:
+        InputError: as `artifact.load`.
+    """
+    _, metadata = artifact.read(path)
+    name = metadata["backbone"]["name"]
+    return artifact.load(path, backbones.load(name, checkpoint) if name and checkpoint else None)
+
+
 def predict(
     path: Path, images: Sequence[Path], checkpoint: str | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -131,9 +144,7 @@ def predict(
     _, metadata = artifact.read(path)
     windows = metadata.get("data", {}).get("windows")
     check_images(files, windows)
-    name = metadata["backbone"]["name"]
-    backbone = backbones.load(name, checkpoint) if name and checkpoint else None
-    model = artifact.load(path, backbone).fold()
+    model = load(path, checkpoint).fold()
     names = [str(file) for file in files]
     samples = Samples(files, np.zeros(len(files), np.int64), names, windows=windows)
     loader = make_loader(samples, model.backbone.preprocess, EVAL_BATCH)

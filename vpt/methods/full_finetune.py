@@ -17,7 +17,7 @@ class Prompted(ProbedMethod):
     def __init__(
         self, backbone: Backbone, class_names: Sequence[str], options: ProbedOptions
     ) -> None:
-        backbone.fingerprint()  # names the pretrained weights, so before they change
+        backbone.identity()  # of the pretrained weights, so before they change
         super().__init__(backbone, class_names, options)
         for parameter in self.trained():
             parameter.data = parameter.data.clone()

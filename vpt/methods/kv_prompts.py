@@ -89,9 +89,17 @@ class Prompted(TokenMethod):
     def before_epoch(
         self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
     ) -> None:
-        """Prune half-way."""
+        """Prune half-way.
+
+        Raises:
+            InputError: one epoch alone, of which half is nothing trained.
+        """
         super().before_epoch(epoch, epochs, batches, features)
-        if epoch == epochs // 2 and (self.options.prune_tokens or self.options.prune_segments):
+        if not (self.options.prune_tokens or self.options.prune_segments):
+            return
+        if epochs == 1:
+            raise InputError("kv_prompts prunes half-way: give train.epochs=2 or more")
+        if epoch == epochs // 2:
             self.prune(batches)
 
     def prune(self, batches: Iterable[Batch]) -> None:

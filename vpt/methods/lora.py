@@ -40,7 +40,7 @@ class Prompted(ProbedMethod):
             import peft
         except ImportError:
             raise InputError("lora needs PEFT: pip install 'visual-prompt-tuning[peft]'") from None
-        backbone.fingerprint()  # names the pretrained weights, so before LoRA's are among them
+        backbone.identity()  # of the pretrained weights, so before LoRA's are among them
         super().__init__(backbone, class_names, options)
         self.backbone.exact_tokens = True  # spelled-out blocks read weights past PEFT's layers
         called = self._called()
