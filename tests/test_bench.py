@@ -5,7 +5,8 @@ import json
 import pytest
 
 from vpt.bench import bench
-from vpt.engine.speed import Work, measure, works
+from vpt.engine import speed
+from vpt.engine.speed import Work, measure, measure_run, works
 from vpt.errors import InputError
 
 
@@ -25,3 +26,10 @@ def test_nothing_is_measured_where_the_paths_disagree():
     wrong = Work("wrong", engine=work.engine, tokens=lambda: [t + 1 for t in work.tokens()])
     with pytest.raises(InputError, match="wrong: engine and tokens differ"):
         list(measure([wrong], rounds=1))
+
+
+def test_no_run_is_measured_where_the_paths_disagree(monkeypatch):
+    real = speed._all_positions
+    monkeypatch.setattr(speed, "_all_positions", lambda model: real(model).flip(0))
+    with pytest.raises(InputError, match=r"CoOp run, .*: engine and tokens differ"):
+        measure_run(epochs=1, shots=1, classes=6)

@@ -4,22 +4,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import highdicom
 import numpy as np
+import pydicom
 import pytest
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
+from pydicom.uid import UID
 
-pydicom = pytest.importorskip("pydicom")
-
-from PIL import Image  # noqa: E402
-from pydicom.dataset import Dataset  # noqa: E402
-from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array  # noqa: E402
-from pydicom.uid import UID  # noqa: E402
-
-from vpt.config import DataConfig, Window  # noqa: E402
-from vpt.data import dicom  # noqa: E402
-from vpt.data.fewshot import split_shots  # noqa: E402
-from vpt.data.images import Samples, check_images, find_images, is_dicom, read_image  # noqa: E402
-from vpt.data.sources import open_source  # noqa: E402
-from vpt.errors import InputError  # noqa: E402
+from vpt.config import DataConfig, Window
+from vpt.data import dicom
+from vpt.data.fewshot import split_shots
+from vpt.data.images import Samples, check_images, find_images, is_dicom, read_image
+from vpt.data.sources import open_source
+from vpt.errors import InputError
 
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"
 FILES = sorted(
@@ -177,7 +176,6 @@ def test_table_of_packed_bytes(tmp_path):
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 def test_every_function_of_a_window_is_highdicoms(tmp_path, function):
-    highdicom = pytest.importorskip("highdicom")
     path = write(tmp_path / "a.dcm", WindowCenter=40, WindowWidth=400, VOILUTFunction=function)
     grey = highdicom.imread(path).get_frame(1, apply_voi_transform=True)
     assert np.abs(pixels(path)[..., 0] - grey * 255).max() < 0.5 + 1e-6

@@ -79,6 +79,16 @@ def test_arrays():
     assert pairs == [("test/5", "train/7", 0)]
 
 
+def test_blank_images_are_copies_of_nothing():
+    grey = np.full((2, 28, 28), 7, np.uint8)
+    some = np.concatenate([RNG.integers(0, 256, (3, 28, 28), dtype=np.uint8), grey])
+    parts = arrays("train", some), arrays("test", some)
+    pairs = find_duplicates(Split(parts[0], None, parts[1], ""))
+    assert [pair.test for pair in pairs] == ["test/0", "test/1", "test/2"]
+    assert find_duplicates(Split(arrays("train", grey), None, parts[1], "")) == []
+    assert find_duplicates(Split(parts[0], None, arrays("test", grey), "")) == []
+
+
 def test_small_pictures_that_resemble_each_other_are_not_copies():
     source = open_source(DataConfig(name="digits"))
     assert find_duplicates(split_shots(source, 16, seed=1)) == []

@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pydicom
 import pytest
 import timm
 import torch
@@ -101,7 +102,6 @@ def test_near_copies_stop_where_patients_are_known(tmp_path):
 
 
 def test_a_run_on_scans_leaves_no_trace_of_patients(tmp_path, capfd):
-    pydicom = pytest.importorskip("pydicom")
     dataset = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
     rng = np.random.default_rng(0)
     rows = ["path,label,patient"]

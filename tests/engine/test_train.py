@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
 from vpt.artifact import read
+from vpt.backbones import base
+from vpt.backbones.clip import Adapter
 from vpt.config import TrainConfig, load_run
 from vpt.data.images import Samples
 from vpt.data.loaders import make_loader
@@ -223,6 +225,23 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, settings):
     assert result == expected
     files = {"config.yaml", "metrics.jsonl", "prompt.safetensors", "result.json", "confusion.png"}
     assert {path.name for path in whole.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("setting", "where", "name", "called"),
+    [("checkpointing", base, "checkpoint", True), ("exact_tokens", Adapter, "rows", False)],
+)
+def test_a_run_computes_as_its_engine_is_told(
+    tmp_path, settings, monkeypatch, setting, where, name, called
+):
+    real, calls = getattr(where, name), []
+    monkeypatch.setattr(where, name, lambda *a, **kw: calls.append(name) or real(*a, **kw))
+    told = [*settings, "train.epochs=1", f"engine.{setting}=true"]
+    run_here(told, tmp_path / "told")
+    assert bool(calls) == called
+    calls.clear()
+    run_here([*settings, "train.epochs=1"], tmp_path / "plain")
+    assert bool(calls) != called
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -37,37 +37,42 @@ def find_duplicates(split: Split) -> list[Duplicate]:
     Perceptual hash (pHash: signs of the lowest DCT frequencies) of 144 bits; up to 10 may differ.
     The same pixels always have the same hash, and resized and re-encoded copies are found;
     mirrored and cropped ones are not. Other pictures of the same thing are found too where they
-    differ no more than a copy does, such as two frames of one ultrasound scan.
+    differ no more than a copy does, such as two frames of one ultrasound scan. Blank images are
+    left out: all of them would be copies of each other.
 
     Raises:
         InputError: an image that can't be read.
     """
     from sklearn.metrics import pairwise_distances_argmin_min
 
-    seen = [split.train] if split.val is None else [split.train, split.val]
-    names = [name for samples in seen for name in samples.names]
-    hashes = np.concatenate([_hashes(samples) for samples in seen])
+    seen = _hashes(split.train) + _hashes(split.val)
     pairs = []
     for samples in (split.calibration, split.test):
-        if samples is None:
-            continue
         own = _hashes(samples)
-        nearest, distance = pairwise_distances_argmin_min(own, hashes)
-        bits = np.rint(distance**2).astype(int)  # of 0/1 vectors: the bits that differ
-        pairs += [
-            Duplicate(samples.names[i], names[nearest[i]], int(bits[i]))
-            for i in np.flatnonzero(bits <= _MOST_BITS)
-        ]
-        names += samples.names
-        hashes = np.concatenate([hashes, own])
+        if own and seen:
+            hashes = ([bits for _, bits in images] for images in (own, seen))
+            nearest, distance = pairwise_distances_argmin_min(*hashes)
+            bits = np.rint(distance**2).astype(int)  # of 0/1 vectors: the bits that differ
+            pairs += [
+                Duplicate(own[i][0], seen[nearest[i]][0], int(bits[i]))
+                for i in np.flatnonzero(bits <= _MOST_BITS)
+            ]
+        seen += own
     return sorted(pairs, key=lambda pair: pair.bits)
 
 
-def _hashes(samples: Samples) -> np.ndarray:
+def _hashes(samples: Samples | None) -> list[tuple[str, np.ndarray]]:
+    """Names of the images that are not blank, each with its hash as 144 zeros and ones."""
+    if samples is None:
+        return []
     with ThreadPoolExecutor() as pool:  # Pillow's decoders release the GIL
-        return np.stack(list(pool.map(partial(_hash, samples), range(len(samples)))))
+        hashes = list(pool.map(partial(_hash, samples), range(len(samples))))
+    return [(n, bits) for n, bits in zip(samples.names, hashes, strict=True) if bits is not None]
 
 
-def _hash(samples: Samples, index: int) -> np.ndarray:
-    image = samples.read(index, least=_LEAST_PIXELS)
+def _hash(samples: Samples, index: int) -> np.ndarray | None:
+    image = samples.read(index, least=_LEAST_PIXELS).convert("L")
+    darkest, brightest = image.getextrema()
+    if darkest == brightest:
+        return None
     return imagehash.phash(image, hash_size=_SIDE).hash.reshape(-1).astype(np.float32)

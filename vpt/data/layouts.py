@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ def some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _digits(root: None, card: Card) -> Read:
+def read_digits(root: None, card: Card) -> Read:
+    """scikit-learn's bundled digits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -84,7 +85,12 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
-def _csv(root: Path, card: Card) -> Read:
+def read_csv(root: Path, card: Card) -> Read:
+    """Lines `path,label[,split][,patient]`, paths from the file's folder.
+
+    Raises:
+        InputError: a line that is none of these, a missing image, no line for training.
+    """
     rows: dict[str, list[dict[str, str]]] = {}
     lines: dict[str, int] = {}
     for line, row in _csv_rows(root):
@@ -134,7 +140,12 @@ def _csv_rows(root: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise InputError(f"{root}: not CSV in UTF-8 ({error}): save it as such") from None
 
 
-def _npz(root: Path, card: Card) -> Read:
+def read_npz(root: Path, card: Card) -> Read:
+    """MedMNIST's arrays.
+
+    Raises:
+        InputError: not such a file.
+    """
     try:
         with np.load(root, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -195,11 +206,3 @@ def _train_and_test(parts: dict[str, Samples]) -> dict[str, Samples]:
     if "val" in parts:  # train/ and val/ alone, as in ImageNet: what is held out is the test
         return {"train": parts["train"], "test": parts["val"]}
     return {"all": parts["train"]}
-
-
-READERS: dict[str, Callable[..., Read]] = {
-    "digits": _digits,
-    "folder": read_folder,
-    "csv": _csv,
-    "npz": _npz,
-}

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +16,12 @@ _VTAB_LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 _FGVC_JSON = TypeAdapter(dict[str, int])
 
 
-def _zhou(root: Path, card: Card) -> Read:
+def read_zhou(root: Path, card: Card) -> Read:
+    """CoOp's `split_zhou_*.json` beside a folder of images.
+
+    Raises:
+        InputError: the file or an image of it is missing, or it is not such a file.
+    """
     path = root / str(card.split_file)
     text = _read(path, card)
     try:
@@ -38,7 +42,12 @@ def _zhou(root: Path, card: Card) -> Read:
     return list(class_names.values()), _parts(root, files, card)
 
 
-def _vtab(root: Path, card: Card) -> Read:
+def read_vtab(root: Path, card: Card) -> Read:
+    """VTAB-1k's lists: a path and a label a line.
+
+    Raises:
+        InputError: a list or an image of it is missing, or it is not such a list.
+    """
     files = {part: _vtab_list(root / name, card) for part, name in _VTAB_LISTS.items()}
     both = root / "train800val200.txt"
     # The paths differ where the dump holds the 1,000 images a second time.
@@ -66,7 +75,12 @@ def _labels(rows: list[tuple[str, int]]) -> Counter[int]:
     return Counter(label for _, label in rows)
 
 
-def _fgvc(root: Path, card: Card) -> Read:
+def read_fgvc(root: Path, card: Card) -> Read:
+    """VPT's `train.json`, `val.json` and `test.json`, or folders in their place.
+
+    Raises:
+        InputError: a file or an image of it is missing, or it is not such a file.
+    """
     if not (root / "train.json").is_file():
         if not (root / "train").is_dir():
             raise InputError(f"{root}: neither train.json nor train/: {card.get}")
@@ -112,6 +126,3 @@ def _parts(root: Path, files: dict[str, list[tuple[str, int]]], card: Card) -> d
             f"{root}: {len(shared)} test images are in train or val, {some(shared)}: {card.get}"
         )
     return {part: samples_of(root, rows) for part, rows in files.items()}
-
-
-READERS: dict[str, Callable[..., Read]] = {"zhou": _zhou, "vtab": _vtab, "fgvc": _fgvc}

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,12 +14,20 @@ from vpt.data import layouts, published
 from vpt.data.cards import Card, load_card
 from vpt.data.dicom import patient
 from vpt.data.images import Samples, is_dicom
-from vpt.data.layouts import some
+from vpt.data.layouts import Read, some
 from vpt.errors import InputError
 
 __all__ = ["Samples", "Source", "open_source"]
 
-_READERS = layouts.READERS | published.READERS
+READERS: dict[str, Callable[..., Read]] = {
+    "digits": layouts.read_digits,
+    "folder": layouts.read_folder,
+    "csv": layouts.read_csv,
+    "npz": layouts.read_npz,
+    "zhou": published.read_zhou,
+    "vtab": published.read_vtab,
+    "fgvc": published.read_fgvc,
+}
 _ROOTS = {"csv": ".csv file", "npz": ".npz file"}  # of all other layouts: a folder
 
 
@@ -54,7 +63,7 @@ def open_source(config: DataConfig) -> Source:
     _check_root(root, name, card)
     if root is not None:
         _check_sums(root, card)
-    found, parts = _READERS[card.layout](root, card)
+    found, parts = READERS[card.layout](root, card)
     _check_dump(parts, card, where=f"data.root={root}")
     if config.windows and any(isinstance(s.images, np.ndarray) for s in parts.values()):
         raise InputError(f"data.windows={','.join(config.windows)}: {name} is not DICOM: drop it")

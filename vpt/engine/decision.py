@@ -5,7 +5,7 @@ numbers that an artefact carries.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 from vpt.config import DecisionConfig, Strict
 from vpt.engine.bootstrap import class_rates, figure_intervals, intervals, one_hot
 from vpt.engine.evaluate import calibration_error, num_correct
+from vpt.engine.progress import Log
 from vpt.errors import InputError, nearest
 from vpt.methods.base import cross_entropy
 
-Log = Callable[[str], None]
 LEAST_CALIBRATION = 19  # images a class; with fewer, a 95 % prediction set holds every class
 NEVER = 2.0  # a threshold above every probability
 

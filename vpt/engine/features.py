@@ -1,7 +1,6 @@
 """Image features computed once, for methods that leave the image tower alone."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -15,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from vpt.artifact import digest, package_version, write_atomically
 from vpt.data.loaders import ImageDataset
 from vpt.engine.evaluate import EVAL_BATCH
+from vpt.engine.progress import Log
 from vpt.errors import InputError
 from vpt.methods import Method
-
-Log = Callable[[str], None]
 
 
 class FrozenFeatures(Dataset):

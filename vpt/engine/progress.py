@@ -1,10 +1,12 @@
-"""A rich progress bar over epochs."""
+"""What a user sees of work under way: lines, and a rich progress bar over epochs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Log = Callable[[str], None]  # takes lines for the user
 
 
 class EpochBar:

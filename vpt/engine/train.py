@@ -17,9 +17,9 @@ from vpt.config import EngineConfig, TrainConfig, validate
 from vpt.data.loaders import EpochSampler, ImageDataset
 from vpt.engine.accelerator import make_accelerator
 from vpt.engine.evaluate import EVAL_BATCH, metrics, num_correct, predict
-from vpt.engine.features import FrozenFeatures, Log, image_features
+from vpt.engine.features import FrozenFeatures, image_features
 from vpt.engine.losses import make_criterion
-from vpt.engine.progress import EpochBar
+from vpt.engine.progress import EpochBar, Log
 from vpt.errors import InputError
 from vpt.methods import Method
 from vpt.methods.base import Criterion, cross_entropy

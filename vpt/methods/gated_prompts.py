@@ -16,7 +16,7 @@ from vpt.methods.base import Method
 
 
 class Options(TokenOptions):
-    """Options of gated prompts."""
+    """Options of gated prompts; `position` changes nothing."""
 
     gate_logit: float = -5.0  # where the gates start: blocks hardly change the prompts
 
