@@ -12,6 +12,7 @@ from tiny import NAMES, clip, images, vit, vpt_cli, write_folder, write_image
 import vpt
 from vpt import explain, methods
 from vpt.backbones import load_tiny_clip
+from vpt.engine.run import NOTICE
 
 CLIP_ONLY = {
     name
@@ -97,21 +98,33 @@ def test_words_of_a_context_that_is_made_of_words():
 
 
 def test_command(tmp_path, capfd, monkeypatch):
-    data, run = write_folder(tmp_path / "data"), tmp_path / "run"
+    data, run = tmp_path / "data.csv", tmp_path / "run"
+    files = sorted(write_folder(tmp_path / "data").glob("*/*"))
+    rows = [f"{file},{file.parent.name},p{i}" for i, file in enumerate(files)]
+    data.write_text("\n".join(["path,label,patient", *rows]))
     settings = ["backbone.name=tiny_clip", "train.epochs=1", "data.shots=2", f"out={run}"]
+    settings.append("data.duplicates=ignore")
     code, _, err = vpt_cli(capfd, monkeypatch, "train", "vpt_deep", f"data.root={data}", *settings)
     assert code == 0, err
-    pictures = [write_image(tmp_path / f"{name}.png", label) for label, name in enumerate("ab")]
+    folder = tmp_path / "new"
+    pictures = [write_image(folder / f"{name}.png", label) for label, name in enumerate("ab")]
+    pictures.append(write_image(tmp_path / "c.png"))
     out = tmp_path / "out"
     artefact = run / "prompt.safetensors"
-    code, printed, err = vpt_cli(capfd, monkeypatch, "explain", artefact, *pictures, "--out", out)
+    code, printed, err = vpt_cli(
+        capfd, monkeypatch, "explain", artefact, folder, pictures[2], "--out", out
+    )
     assert code == 0, err
-    assert len(printed.splitlines()) == 2
+    assert NOTICE in err
+    assert len(printed.splitlines()) == 3
     records = json.loads((out / "explain.json").read_text())
     assert [record["path"] for record in records] == [str(path) for path in pictures]
     for record in records:
-        assert record["class"] in ("cat", "dog")
+        assert record["class"] in ("cat", "dog") and record["notice"] == NOTICE
         assert record["deletion"][0] == pytest.approx(record["probability"], abs=1e-5)
         assert (out / record["figure"]).stat().st_size > 1000
     code, _, err = vpt_cli(capfd, monkeypatch, "explain", artefact)
     assert (code, "no context" in err, err.count("\n")) == (1, True, 1)
+    (tmp_path / "empty").mkdir()
+    code, _, err = vpt_cli(capfd, monkeypatch, "explain", artefact, tmp_path / "empty")
+    assert (code, "no images in this folder" in err, err.count("\n")) == (1, True, 1)

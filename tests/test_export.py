@@ -15,6 +15,7 @@ from tiny import NAMES, clip, images, vit, vpt_cli
 
 import vpt
 from vpt import artifact, backbones, methods
+from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 
 pytest.importorskip("torch", "2.15")  # older exporters know fewer operators
@@ -117,6 +118,16 @@ def test_the_model_still_trains(exported):
     model.train().loss(images(2), torch.tensor([0, 1]))[0].backward()
     assert model.prompts.grad.abs().sum() > 0
     model.eval().zero_grad()
+
+
+def test_the_decision_and_the_notice_go_along(tmp_path):
+    decision = {"temperature": 1.5, "thresholds": {NAMES[0]: 0.3}}
+    artifact.save(attach("vpt_deep"), tmp_path / "a.safetensors", decision=decision, medical=True)
+    export(vpt.load(tmp_path / "a.safetensors", backbone=BACKBONES["vit"]()), tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["decision"]) == decision
+    assert metadata["notice"] == NOTICE
 
 
 def test_large_weights_get_a_file_of_their_own(tmp_path, monkeypatch):

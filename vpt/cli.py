@@ -147,7 +147,8 @@ def report(
 def explain(
     artefact: Artefact,
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files; without, the words of a context.")
+        list[Path] | None,
+        typer.Argument(help="Images or folders; without, the words of a context."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("explained"),
     checkpoint: Annotated[
@@ -170,6 +171,8 @@ def explain(
     for record in explain_images(artefact, images, out, checkpoint):
         areas = f"deletion {record['deletion_area']:.3f}, random {record['random_area']:.3f}"
         print(f"{record['path']}\t{record['class']}\t{areas}\t{record['figure']}")
+    if notice := record.get("notice"):
+        _say(notice)
 
 
 @app.command()

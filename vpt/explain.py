@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from vpt import artifact
 from vpt.backbones.clip import CLIP_VOCABULARY
-from vpt.data.images import check_images, read_image
+from vpt.data.images import check_images, list_images, read_image
 from vpt.engine.apply import load
 from vpt.engine.figures import save
+from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 from vpt.methods import Method
 
@@ -127,23 +128,26 @@ def explain_images(
 ) -> Iterator[dict[str, Any]]:
     """The saliency of the predicted class for each image file, drawn into `out`.
 
-    Yields its `path`, `class`, `probability`, `figure` (a PNG), `deletion` (the curve),
-    `deletion_area` and `random_area`; the same records are in `out`/explain.json.
+    Folders are searched. Yields its `path`, `class`, `probability`, `figure` (a PNG), `deletion`
+    (the curve), `deletion_area`, `random_area`, and of medical data a `notice`; the same records
+    are in `out`/explain.json.
 
     Raises:
-        InputError: as `artifact.load`; a file that is no image.
+        InputError: as `artifact.load`; a file that is no image, a folder without any.
     """
+    files = list_images(images)
     model = load(path, checkpoint)
     windows = model.metadata.get("data", {}).get("windows")
-    check_images(images, windows)
-    notice = ": not for clinical use" if model.metadata.get("medical") else ""
+    check_images(files, windows)
+    notice = {"notice": NOTICE} if model.metadata.get("medical") else {}
     model = model.fold()
     crop, records = model.backbone.preprocess.crop(), []
-    for number, file in enumerate(images):
+    for number, file in enumerate(files):
         pixels = crop(read_image(file, windows=windows))
         record, heat = explain(model, torch.from_numpy(pixels))
         figure = out / f"{number:03}-{file.stem}.png"
-        title = f"{record['class']} {record['probability']:.2f}{notice}"
+        answer = f"{record['class']} {record['probability']:.2f}"
+        title = ". ".join([answer, *notice.values()])
         drawing = Figure(figsize=(7, 3.9), layout="constrained")
         left, right = drawing.subplots(1, 2)
         left.imshow(pixels)
@@ -152,7 +156,7 @@ def explain_images(
             axes.set_axis_off()
         drawing.suptitle(title.replace("$", r"\$"))
         save(drawing, figure)
-        records.append({"path": str(file), **record, "figure": str(figure)})
+        records.append({"path": str(file), **record, "figure": str(figure), **notice})
         yield records[-1]
     text = json.dumps(records, indent=2)
     artifact.write_atomically(out / "explain.json", text.encode())

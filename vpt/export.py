@@ -9,6 +9,7 @@ import torch
 
 from vpt import artifact, backbones
 from vpt.config import BackboneConfig, Strict, apply_overrides, validate
+from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 from vpt.methods import Method
 
@@ -48,7 +49,8 @@ def export(model: Method, path: Path) -> tuple[list[Path], float]:
     The graph is the model's own forward: `images`, float32 (B, 3, H, W) with any B, normalised as
     `model.backbone.preprocess` says, to `logits`, float32 (B, C). The file's metadata hold
     `class_names` and `preprocess` as JSON, the backbone's `fingerprint` and this package's
-    `version`.
+    `version`; of an artefact's model also the fitted `decision` as JSON (see `Decision`), which the
+    logits do not contain, and the `notice` of medical data.
 
     Returns:
         The files written, a second one with the weights where they are too large for the first;
@@ -80,6 +82,11 @@ def export(model: Method, path: Path) -> tuple[list[Path], float]:
         fingerprint=model.backbone.fingerprint(),
         version=artifact.package_version(),
     )
+    known = getattr(model, "metadata", {})
+    if "decision" in known:
+        program.model.metadata_props["decision"] = json.dumps(known["decision"])
+    if known.get("medical"):
+        program.model.metadata_props["notice"] = NOTICE
     with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         file = Path(folder, path.name)
         program.save(file)

@@ -64,8 +64,8 @@ def run_suite(
 def _line(config: RunConfig, failure: str | None) -> str:
     if failure:
         return f"{config.out.name}: {failure}"
-    accuracy = json.loads(RunFolder(config.out).result.read_text())["accuracy"]
-    return f"{config.out.name}: {accuracy:.1%}"
+    result = json.loads(RunFolder(config.out).result.read_text())
+    return f"{config.out.name}: {result['accuracy']:.1%} {result.get('notice', '')}".rstrip()
 
 
 def _table(failures: dict[str, str]) -> Table:

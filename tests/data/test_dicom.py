@@ -214,6 +214,12 @@ def test_windows_are_for_hounsfield_units(tmp_path, changes, reason):
         read_image(path, windows=("lung", "bone", "brain"))
 
 
+def test_windows_are_of_hounsfield_units_whatever_the_polarity(tmp_path):
+    windows = ("lung", "bone", "brain")
+    inverted = write(tmp_path / "x.dcm", PhotometricInterpretation="MONOCHROME1")
+    assert (pixels(inverted, windows) == pixels(CT, windows)).all()
+
+
 def test_windows_are_for_dicom(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.png.*data\.windows is for DICOM"):
@@ -354,3 +360,5 @@ def test_windows_go_with_the_samples(tmp_path):
     assert (windowed == pixels(samples.images[3], samples.windows)).all()
     assert (windowed != np.asarray(plain.read(3))).any()
     assert samples.content_hash() != plain.content_hash()
+    joined = samples.take([0, 1]).join(samples.take([3]))
+    assert (np.asarray(joined.read(2)) == windowed).all()

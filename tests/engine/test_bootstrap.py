@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
@@ -100,11 +101,25 @@ def test_rates_of_a_class_by_hand():
     assert none["specificity"] == 0.6
 
 
+def test_all_and_none_have_the_exact_interval():
+    truth = (torch.arange(13) < 5)[:, None]
+    patients = [f"p{i // 2}" for i in range(13)]  # 3 of the positives, 5 of the others
+    exact = {n: binomtest(n, n).proportion_ci() for n in (3, 5, 7, 8, 13)}
+    (right,), (wrong,) = class_rates(truth, truth), class_rates(truth, ~truth, patients)
+    assert right["sensitivity_interval"] == pytest.approx([exact[5].low, 1])
+    assert right["specificity_interval"] == pytest.approx([exact[8].low, 1])
+    assert wrong["sensitivity_interval"] == pytest.approx([0, 1 - exact[3].low])
+    assert wrong["specificity_interval"] == pytest.approx([0, 1 - exact[5].low])
+    logits = torch.eye(2)[truth[:, 0].long()]
+    for trials, names in ((13, None), (7, patients)):
+        found = figure_intervals(logits, truth[:, 0].long(), NAMES[:2], names)
+        assert found["accuracy_interval"] == pytest.approx([exact[trials].low, 1])
+
+
 def test_many_classes_have_no_figures_of_their_own():
     labels = torch.arange(63) % 21
     found = figure_intervals(torch.eye(21)[labels], labels, [str(i) for i in range(21)])
     assert found.keys() == {"accuracy_interval", "balanced_accuracy_interval", "macro_f1_interval"}
-    assert found["accuracy_interval"] == [1, 1]
 
 
 def test_a_class_that_does_not_occur_is_left_out():

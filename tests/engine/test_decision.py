@@ -16,6 +16,7 @@ from vpt import artifact
 from vpt.config import DecisionConfig, load_run
 from vpt.engine.decision import Decision, achieved, check_decision, fit_decision
 from vpt.engine.figures import (
+    draw_confusion,
     draw_precision_recall,
     draw_reliability,
     draw_risk_coverage,
@@ -24,6 +25,7 @@ from vpt.engine.figures import (
 )
 from vpt.engine.run import NOTICE, run
 from vpt.errors import InputError
+from vpt.suites import _line
 
 NAMES = ["normal", "pneumonia"]
 
@@ -86,6 +88,15 @@ def test_all_right_gives_no_temperature():
     lines = []
     assert fit(torch.eye(2), torch.arange(2), lines.append, temperature=True).temperature == 1
     assert "the temperature stays at 1" in lines[0]
+
+
+def test_guessing_is_said():
+    lines, (logits, labels) = [], case()
+    probabilities = fit(logits, 1 - labels, lines.append, temperature=True).probabilities(logits)
+    assert torch.allclose(probabilities, torch.tensor(0.5).double(), atol=1e-2)
+    assert len(lines) == 1 and "no better than guessing" in lines[0]
+    fit(logits, labels, lines.append, temperature=True)
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -175,6 +186,10 @@ def test_referring_by_hand():
     assert decision.refer_below == pytest.approx(0.7)
     found = achieved(decision, logits, torch.tensor([1, 0, 0, 0, 1]), NAMES)["refer"]
     assert found["coverage"] == 0.8  # the tie at .7 is decided
+    everything = achieved(decision, logits[:3], torch.tensor([1, 0, 1]), NAMES)["refer"]
+    for share in ("coverage", "accuracy"):
+        assert everything[share] == 1
+        assert everything[f"{share}_interval"] == pytest.approx([0.025 ** (1 / 3), 1])
     assert found["accuracy"] == 0.5
     assert decision.describe(logits[3], NAMES)["refer"]
     assert not decision.describe(logits[0], NAMES)["refer"]
@@ -303,6 +318,12 @@ def test_medical_data_says_so(tmp_path, capfd, monkeypatch):
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     _, shown, err = cli("predict", "--json", out / "prompt.safetensors", tmp_path / "x.png")
     assert json.loads(shown)["notice"] == NOTICE and NOTICE in err
+    config = load_run(str(out / "config.yaml"))
+    assert _line(config, None).endswith(NOTICE)
+    plain = tmp_path / "plain.png"
+    draw_confusion(torch.eye(2), NAMES, plain)
+    draw_confusion(torch.eye(2), NAMES, tmp_path / "noted.png", NOTICE)
+    assert plain.read_bytes() != (tmp_path / "noted.png").read_bytes()
 
 
 def test_a_decision_needs_calibration_images(tmp_path):

@@ -18,7 +18,7 @@ from vpt.config import DataConfig, load_run
 from vpt.data.images import read_image
 from vpt.data.sources import open_source
 from vpt.engine import apply
-from vpt.engine.run import run
+from vpt.engine.run import NOTICE, run
 from vpt.errors import InputError
 
 
@@ -121,10 +121,11 @@ def test_a_run_on_scans_leaves_no_trace_of_patients(tmp_path, capfd):
         out = tmp_path / f"run-{root.replace('/', '-')}"
         config = settings(tmp_path, *options, f"data.root={tmp_path / root}", f"out={out}")
         lines = []
-        run(config, log=lines.append)
+        assert run(config, log=lines.append)["notice"] == NOTICE  # as patients are known
         said = "shots of 2 patients a class, 2 classes, 8 training from 4 patients, 4 calibration"
         assert any(said in line for line in lines)
-        apply.evaluate(out / "prompt.safetensors", log=lines.append)
+        tested = apply.evaluate(out / "prompt.safetensors", log=lines.append)
+        assert tested["notice"] == NOTICE
         printed = "".join([*lines, *capfd.readouterr()]).encode()
         kept = [path.read_bytes() for path in out.iterdir() if path.name != "config.yaml"]
         for content in [printed, *kept]:
@@ -133,6 +134,7 @@ def test_a_run_on_scans_leaves_no_trace_of_patients(tmp_path, capfd):
     artefact = out / "prompt.safetensors"
     scan = tmp_path / "images/benign/secret3.dcm"
     (found,) = apply.predict(artefact, [scan])
+    assert found["notice"] == NOTICE
     model = vpt.load(artefact)
     preprocess = model.backbone.preprocess
     image = preprocess.crop()(read_image(scan, windows=("lung", "bone", "brain")))

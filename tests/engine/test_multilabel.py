@@ -189,10 +189,18 @@ def test_chestmnist_has_fourteen_findings(tmp_path, monkeypatch):
     assert (split.train.labels.sum(0) == 1).all() and len(split.test) == 28
 
 
-@pytest.mark.parametrize("key", ["alpha=0.1", "coverage=0.9"])
-def test_what_needs_one_class_an_image_is_refused_before_training(tmp_path, npz, key):
+@pytest.mark.parametrize(
+    ("method", "setting", "said"),
+    [
+        ("linear_probe", "decision.alpha=0.1", "need data with one class an image"),
+        ("linear_probe", "decision.coverage=0.9", "need data with one class an image"),
+        ("vpt_deep", "train.loss=class_balanced", "multilabel data has cross_entropy only"),
+        ("linear_probe", "train.loss=logit_adjusted", "linear_probe is solved without it"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_file(tmp_path, npz, method, setting, said):
     settings = ["backbone.name=tiny_clip", f"data.root={npz}", f"out={tmp_path / 'run'}"]
-    config = load_run("linear_probe", [*settings, "data.shots=4", f"decision.{key}"])
-    with pytest.raises(InputError, match="need data with one class an image"):
+    config = load_run(method, [*settings, "data.shots=4", setting])
+    with pytest.raises(InputError, match=said):
         run(config, log=lambda line: None)
     assert not (tmp_path / "run").exists()

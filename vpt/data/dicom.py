@@ -33,7 +33,8 @@ def read_frame(path: Path, windows: tuple[Window, ...] | None = None) -> np.ndar
 
     Args:
         path: a DICOM file.
-        windows: names of `WINDOWS`, one a channel, instead of the file's own: for CT only.
+        windows: names of `WINDOWS`, one a channel, instead of the file's own window and polarity:
+            for CT only.
 
     Raises:
         ValueError: what is wrong, with no value of the header in it.
@@ -94,9 +95,9 @@ def _values(dataset: Any, windows: tuple[Window, ...] | None) -> np.ndarray:
     if windows:
         if "RescaleIntercept" not in dataset:
             raise ValueError("not in Hounsfield units")
-        grey = np.stack([_window(values, *WINDOWS[name]) for name in windows], axis=-1)
-    else:
-        grey = _voi(values, dataset)
+        # a window is of Hounsfield units, which the file's polarity does not change
+        return np.stack([_window(values, *WINDOWS[name]) for name in windows], axis=-1)
+    grey = _voi(values, dataset)
     return 1 - grey if kind == "MONOCHROME1" else grey
 
 

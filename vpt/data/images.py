@@ -69,12 +69,13 @@ class Samples:
 
     def join(self, other: "Samples") -> "Samples":
         """These samples, then those of `other`, a part of the same data."""
-        whole = isinstance(self.images, np.ndarray)
-        return Samples(
-            np.concatenate([self.images, other.images]) if whole else [*self.images, *other.images],
-            np.concatenate([self.labels, other.labels]),
-            self.names + other.names,
-            self.patients and self.patients + (other.patients or []),
+        whole, both = isinstance(self.images, np.ndarray), (self.images, other.images)
+        return replace(
+            self,
+            images=np.concatenate(both) if whole else [*both[0], *both[1]],
+            labels=np.concatenate([self.labels, other.labels]),
+            names=self.names + other.names,
+            patients=self.patients and self.patients + (other.patients or []),
         )
 
     def read(self, index: int, least: int | None = None) -> Image.Image:
@@ -83,6 +84,21 @@ class Samples:
         if isinstance(image, np.ndarray):
             return array_to_image(image)
         return read_image(image, least, self.windows)
+
+
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """`paths`, with the images below it in the place of each folder.
+
+    Raises:
+        InputError: a folder without images.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = find_images(path) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no images in this folder")
+        files += found
+    return files
 
 
 def find_images(folder: Path) -> list[Path]:

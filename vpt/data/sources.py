@@ -47,6 +47,11 @@ class Source:
         """Whether an image may have any number of the classes."""
         return next(iter(self.parts.values())).multilabel
 
+    @property
+    def medical(self) -> bool:
+        """Whether results are not for clinical use: the card says so, or patients are known."""
+        return self.card.medical or any(samples.patients for samples in self.parts.values())
+
 
 def open_source(config: DataConfig) -> Source:
     """The data that `data.name` and `data.root` mean; image files are listed, not read.

@@ -18,7 +18,7 @@ from vpt.config import (
     validate,
 )
 from vpt.data.fewshot import split_data
-from vpt.data.images import check_images, find_images
+from vpt.data.images import check_images, list_images
 from vpt.data.loaders import make_loader
 from vpt.data.sources import Samples, Source, open_source
 from vpt.engine.decision import Decision, resampled_figures
@@ -135,12 +135,7 @@ def predict(
     Raises:
         InputError: a path that is not there, a folder without images, a file that is no image.
     """
-    files: list[Path] = []
-    for image in images:
-        found = find_images(image) if image.is_dir() else [image]
-        if not found:
-            raise InputError(f"{image}: no images in this folder")
-        files += found
+    files = list_images(images)
     _, metadata = artifact.read(path)
     windows = metadata.get("data", {}).get("windows")
     check_images(files, windows)

@@ -1,4 +1,4 @@
-"""95 % intervals by the percentile bootstrap, resampling patients."""
+"""95 % intervals by the percentile bootstrap, resampling patients; exact for shares of 0 and 1."""
 
 import math
 import warnings
@@ -65,7 +65,7 @@ def figure_intervals(
         if multilabel:
             accuracy, recall = (correct / total).mean(1), (sensitivity + specificity) / 2
         else:
-            accuracy, recall = (hit / total).sum(1), sensitivity
+            accuracy, recall = hit.sum(1) / total[:, 0], sensitivity
         occurs = (positive > 0) & ((positive < total) | (not multilabel))
         f1 = torch.where(occurs, 2 * hit / (claimed + positive), torch.nan)
         figures = [accuracy, recall.nanmean(1), f1.nanmean(1)]
@@ -77,6 +77,9 @@ def figure_intervals(
     names = ["accuracy", "balanced_accuracy", "macro_f1", *(["auroc", "auprc"] if few else [])]
     pairs = intervals(statistic, len(labels), patients)
     found: dict[str, Any] = {f"{n}_interval": pair for n, pair in zip(names, pairs, strict=True)}
+    everything = torch.ones(len(labels), dtype=torch.bool)
+    accuracy = statistic(everything[None].double())[0, 0].item()
+    found["accuracy_interval"] = share_interval(accuracy, pairs[0], everything, patients)
     if few:
         rates = class_rates(truth, predicted, patients)
         found["per_class"] = dict(zip(class_names, rates, strict=True))
@@ -96,6 +99,8 @@ def class_rates(
     found = intervals(statistic, len(truth), patients)
     once = torch.ones(1, len(truth), dtype=torch.float64)
     rates = [None if math.isnan(rate) else rate for rate in statistic(once)[0].tolist()]
+    images = torch.cat([truth, ~truth], 1).T  # those that a rate is a share of
+    found = [share_interval(*of, patients) for of in zip(rates, found, images, strict=True)]
     return [
         {
             "sensitivity": rates[i],
@@ -105,6 +110,24 @@ def class_rates(
         }
         for i in range(columns)
     ]
+
+
+def share_interval(
+    share: float | None,
+    resampled: list[float] | None,
+    images: Tensor,
+    patients: Sequence[str] | None,
+) -> list[float] | None:
+    """The interval of a share of `images`, bool (N,): `resampled`, but for shares of 0 and 1.
+
+    Those are the same in every resample, which is no certainty: they have the exact interval of
+    Clopper & Pearson (1934), each patient (image, where none are known) being one trial.
+    """
+    if share not in (0, 1):
+        return resampled
+    names = np.arange(len(images)) if patients is None else np.array(patients)
+    edge = 0.025 ** (1 / len(np.unique(names[images.numpy()])))
+    return [edge, 1.0] if share else [0.0, 1 - edge]
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

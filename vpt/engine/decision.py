@@ -15,7 +15,13 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from vpt.config import DecisionConfig, Strict
-from vpt.engine.bootstrap import class_rates, figure_intervals, intervals, one_hot
+from vpt.engine.bootstrap import (
+    class_rates,
+    figure_intervals,
+    intervals,
+    one_hot,
+    share_interval,
+)
 from vpt.engine.evaluate import calibration_error, num_correct
 from vpt.engine.progress import Log
 from vpt.errors import InputError, nearest
@@ -171,11 +177,12 @@ def achieved(
 
         coverage, accuracy = statistic(torch.ones(1, len(labels), dtype=torch.float64))[0].tolist()
         bounds = intervals(statistic, len(labels), patients)
+        everything = torch.ones_like(decided)
         found["refer"] = {
             "coverage": coverage,
-            "coverage_interval": bounds[0],
+            "coverage_interval": share_interval(coverage, bounds[0], everything, patients),
             "accuracy": accuracy if coverage else None,
-            "accuracy_interval": bounds[1],
+            "accuracy_interval": share_interval(accuracy, bounds[1], decided, patients),
         }
     return found
 
@@ -202,7 +209,13 @@ def _temperature(logits: Tensor, labels: Tensor, log: Log) -> float:
     def log_loss(log_temperature: float) -> float:
         return cross_entropy(logits.double() / math.exp(log_temperature), labels).item()
 
-    return math.exp(minimize_scalar(log_loss, bounds=(-10, 10), method="bounded").x)
+    best = minimize_scalar(log_loss, bounds=(-10, 10), method="bounded").x
+    if best > 9:  # only the bound keeps it finite
+        log(
+            "warning: on the calibration images the model is no better than guessing: the "
+            "temperature makes all probabilities alike"
+        )
+    return math.exp(best)
 
 
 def _thresholds(

@@ -18,8 +18,8 @@ from vpt.engine.bootstrap import one_hot
 LABELLED = 25  # more classes than this are drawn without names and counts
 
 
-def draw_confusion(matrix: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Confusion matrix (C, C) of counts as a PNG."""
+def draw_confusion(matrix: Tensor, class_names: Sequence[str], path: Path, note: str = "") -> None:
+    """Confusion matrix (C, C) of counts as a PNG, with `note` below."""
     few = len(class_names) <= LABELLED
     side = max(4.5, 0.5 * len(class_names)) if few else 8
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -32,6 +32,7 @@ def draw_confusion(matrix: Tensor, class_names: Sequence[str], path: Path) -> No
     axes.set(
         xlabel="predicted", ylabel="true", title=f"{int(matrix.trace())} of {int(matrix.sum())}"
     )
+    figure.supxlabel(note, fontsize="medium")
     save(figure, path)
 
 

@@ -22,7 +22,7 @@ from vpt.engine.decision import check_decision, fit_decision, resampled_figures
 from vpt.engine.evaluate import EVAL_BATCH, confusion, metrics, predict
 from vpt.engine.figures import draw_confusion
 from vpt.engine.progress import Log
-from vpt.engine.train import Record, fit
+from vpt.engine.train import Record, check_loss, fit
 from vpt.errors import InputError
 
 NOTICE = "Not for clinical use."  # with every result of medical data
@@ -118,6 +118,7 @@ def run(
         multilabel=source.multilabel,
         **method_options(config, source),
     )
+    check_loss(config.train.loss, model)
     tunable = sum(p.numel() for p in model.tunable_parameters().values())
     log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
 
@@ -126,7 +127,7 @@ def run(
         "data": config.data.model_dump(exclude={"root", "workers", "duplicates"})
         | {"name": source.name},
         "templates": source.templates,
-        "medical": source.card.medical,
+        "medical": source.medical,
         "split_hash": split.hash,
         "config_hash": config.hash,
         "precision": config.train.precision,
@@ -191,7 +192,7 @@ def run(
     result = {
         **figures,
         **resampled_figures(logits, labels, source.class_names, split.test.patients, decision),
-        **({"notice": NOTICE} if source.card.medical else {}),
+        **({"notice": NOTICE} if source.medical else {}),
         "tunable_parameters": tunable,
         "train_seconds": train_seconds,
         "method": model.name,
@@ -213,7 +214,8 @@ def run(
         artifact.save(model, folder.prompt, **details, figures=figures)
         artifact.write_atomically(folder.result, json.dumps(result, indent=2).encode())
         if not source.multilabel:
-            draw_confusion(confusion(logits, labels), source.class_names, folder.confusion)
+            matrix, note = confusion(logits, labels), NOTICE if source.medical else ""
+            draw_confusion(matrix, source.class_names, folder.confusion, note)
         folder.checkpoint.unlink(missing_ok=True)
     return result
 

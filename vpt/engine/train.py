@@ -74,8 +74,7 @@ def fit(
             f"train.batch_size={config.batch_size} cannot be split over "
             f"{accelerator.num_processes} processes: give a multiple"
         )
-    if model.solved and config.loss != "cross_entropy":
-        raise InputError(f"train.loss={config.loss}: {model.name} is solved without it: drop it")
+    check_loss(config.loss, model)
     begin = time.perf_counter()
     ours = isinstance(train.sampler, EpochSampler)  # then all of the data set is training data
     plain = _in_order(train) if ours else train
@@ -202,20 +201,28 @@ def _in_order(train: DataLoader) -> DataLoader:
     )
 
 
-def _criterion(name: str, plain: DataLoader, num_classes: int) -> Criterion:
-    """The loss called `name`, for the training images as they are.
+def check_loss(name: str, model: Method) -> None:
+    """Refuses a loss that does not fit `model`.
 
     Raises:
-        InputError: one that counts classes, on multilabel data.
+        InputError: another than cross_entropy, on multilabel data or for a method without a loss.
     """
+    if name == "cross_entropy":
+        return
+    if model.solved:
+        raise InputError(f"train.loss={name}: {model.name} is solved without it: drop it")
+    if model.multilabel:
+        raise InputError(f"train.loss={name}: multilabel data has cross_entropy only: drop it")
+
+
+def _criterion(name: str, plain: DataLoader, num_classes: int) -> Criterion:
+    """The loss called `name`, for the training images as they are."""
     if name == "cross_entropy":
         return cross_entropy
     if isinstance(plain.dataset, ImageDataset):  # nothing need be decoded
         labels = torch.from_numpy(plain.dataset.samples.labels)
     else:
         labels = torch.cat([labels for _, labels in plain])
-    if labels.dim() == 2:
-        raise InputError(f"train.loss={name}: multilabel data has cross_entropy only: drop it")
     return make_criterion(name, torch.bincount(labels, minlength=num_classes))
 
 
