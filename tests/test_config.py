@@ -25,7 +25,7 @@ def test_every_run_config_is_valid(name):
 def test_every_method_has_a_recipe_and_a_run_config(name):
     recipe = read_yaml(resources.find("configs/method", name))
     assert recipe.method.name == name
-    assert set(recipe) <= {"method", "train"}
+    assert set(recipe) <= {"method", "train", "data"}
     assert load_run(name).method.name == name
 
 
@@ -43,12 +43,25 @@ def test_the_recipe_comes_first_then_the_file_then_the_overrides(tmp_path):
     recipe = read_yaml(resources.find("configs/method", "vpt_deep"))
     assert config.train.batch_size == 32
     assert config.train.warmup_epochs == recipe.train.warmup_epochs
-    assert config.method.options == {
-        "num_tokens": 3,
-        "dropout": recipe.method.dropout,
-        "layers": [0, 1],
-    }
+    own = {key: value for key, value in recipe.method.items() if key != "name"}
+    assert config.method.options == own | {"num_tokens": 3, "layers": [0, 1]}
     assert (config.train.epochs, config.train.lr, config.data.shots) == (7, 0.25, None)
+
+
+@pytest.mark.parametrize("name", resources.names("configs/paper"))
+def test_a_published_recipe_replaces_the_default(name, tmp_path):
+    config = load_run(name, ["recipe=paper"])
+    assert config.method.options["head"] == "random"
+    assert (config.train.optimizer, config.train.folds) == ("sgd", None)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run(str(tmp_path / "config.yaml")) == config
+
+
+def test_a_recipe_that_a_method_does_not_have():
+    with pytest.raises(InputError, match="no 'coop' in configs/paper"):
+        load_run("coop", ["recipe=paper"])
+    with pytest.raises(InputError, match="recipe='papre'"):
+        load_run("vpt_deep", ["recipe=papre"])
 
 
 def test_another_method_brings_its_own_recipe(tmp_path):
@@ -200,11 +213,13 @@ CHANGES = {
     "train.weight_decay": "0.5",
     "train.momentum": "0.5",
     "train.schedule": "constant",
-    "train.warmup_epochs": "1",
+    "train.warmup_epochs": "2",
     "train.warmup_lr": "0.5",
     "train.loss": "logit_adjusted",
     "train.precision": "bf16",
+    "train.folds": "2",
     "train.views": "5",
+    "recipe": "paper",
     "train.seed": "5",
     "decision.temperature": "true",
     "decision.sensitivity": "{cat: 0.9}",

@@ -108,6 +108,9 @@ class TrainConfig(Strict):
     # logit_adjusted: in training, logits plus the classes' log shares (Menon et al. 2021)
     loss: Literal["cross_entropy", "class_balanced", "logit_adjusted"] = "cross_entropy"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
+    # 2 or more: cross-validate on the training images first, and leave the method as it starts
+    # where training does not make it better; None: always train
+    folds: int | None = Field(None, ge=2)
     # of each augmented image where a method leaves the image tower alone (CoOp): None, the exact
     # choice, computes each epoch's own; so many are computed once, and epochs take turns
     views: PositiveInt | None = None
@@ -162,6 +165,8 @@ class RunConfig(Strict):
     """One run: config → data → backbone → method → training → artefact and figures."""
 
     backbone: BackboneConfig
+    # where the method's own settings are from: configs/method, or configs/paper as it was published
+    recipe: Literal["default", "paper"] = "default"
     data: DataConfig = DataConfig()
     method: MethodConfig
     train: TrainConfig = TrainConfig()
@@ -202,8 +207,9 @@ class SuiteConfig(Strict):
 def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run configuration `config`, a path or a name under configs/run, with `key=value`s.
 
-    The method's own recipe under configs/method comes first, then the file, then the overrides.
-    An override of `method.name` drops what the file says for the method that it replaces.
+    The method's own recipe comes first, from configs/method or, with `recipe=paper`, configs/paper;
+    then the file, then the overrides. An override of `method.name` drops what the file says for the
+    method that it replaces.
 
     Raises:
         InputError: no such file, not YAML, an unknown key or a value out of its range.
@@ -222,13 +228,15 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def compose(method: str, *settings: Any, where: str) -> RunConfig:
-    """The recipe of `method` under configs/method with each of `settings` put over it.
+    """The recipe of `method` with each of `settings` put over it.
 
     Raises:
-        InputError: no such method, an unknown key or a value out of its range.
+        InputError: no such method or recipe, an unknown key or a value out of its range.
     """
-    recipe = read_yaml(resources.find("configs/method", method))
-    return validate(RunConfig, OmegaConf.to_container(_merge(recipe, *settings)), where)
+    chosen = _merge({}, *settings)
+    folder = "configs/paper" if chosen.get("recipe") == "paper" else "configs/method"
+    recipe = read_yaml(resources.find(folder, method))
+    return validate(RunConfig, OmegaConf.to_container(_merge(recipe, chosen)), where)
 
 
 def load_suite(suite: str, overrides: Sequence[str] = ()) -> SuiteConfig:

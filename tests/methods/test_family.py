@@ -162,7 +162,7 @@ class TestKVPrompts:
         with torch.no_grad():
             model.prompts.copy_(both.prompts[:, :4])
             for index, extra in enumerate(both.prompts[:, 4:]):
-                model.kv_prompts[index] = model.backbone.rows(index, extra)[:, 0]
+                model.kv_prompts[index] = torch.stack(model.backbone.rows(index, extra)[:2])[:, 0]
             model.head.load_state_dict(both.head.state_dict())
         both.backbone.exact_tokens = True
         close(model(images()), both(images()))

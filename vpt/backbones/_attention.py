@@ -51,10 +51,11 @@ def attend(
     are prompts, which have no position and so no bias.
     """
     if rows is not None:
-        key, value = (
-            torch.cat([own, extra.to(own.dtype).expand(len(own), -1, -1, -1)], 2)
-            for own, extra in zip((key, value), rows, strict=True)
-        )
+        extra = [part.to(key.dtype).expand(len(key), -1, -1, -1) for part in rows[:2]]
+        if rows.gate is not None:
+            seen = attend(query, *extra, scale=scale)
+            return attend(query, key, value, None, bias, scale) + rows.gate.to(seen.dtype) * seen
+        key, value = (torch.cat(pair, 2) for pair in zip((key, value), extra, strict=True))
     if bias is not None:
         queries, keys = query.shape[2], key.shape[2]
         bias = bias[:, :, :queries].to(query.dtype)

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,19 @@ from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
 Position = Literal["prepend", "append"]
-Rows = Tensor  # keys and values of prompts: (2, 1 or B, heads, P, head_dim)
+
+
+class Rows(NamedTuple):
+    """Keys and values of prompts, each (1 or B, heads, P, head_dim), beside a block's own.
+
+    Without a `gate`, tokens attend to both in one softmax (Jia et al. 2022). With one, a scalar,
+    prompts have a softmax of their own, and `gate` times what it gives is added: at 0 the block is
+    as without prompts (zero-init attention, Zhang et al. 2023, section 3.2).
+    """
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor | None = None
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -129,6 +141,7 @@ class Backbone(nn.Module):
         prompts: Sequence[Tensor] | Tensor = (),
         layers: Sequence[int] = (),
         position: Position = "prepend",
+        gates: Sequence[Tensor] | Tensor | None = None,
     ) -> Tensor:
         """Features (B, feature_dim) of images (B, 3, H, W), with prompts.
 
@@ -140,12 +153,15 @@ class Backbone(nn.Module):
         Args:
             images: normalised as `preprocess` says.
             prompts: for each of `layers` (P, width), (B, P, width) for one set a sample, or the
-                rows that `fold_prompts` made of them. A narrower block takes the leading columns.
+                keys and values that `fold_prompts` made of them. A narrower block takes the leading
+                columns.
             layers: ascending.
             position: after the prefix tokens, or after the last patch. The output is the same,
                 since prompts carry no position embedding.
+            gates: a scalar for each of `layers`, see `Rows`. Such prompts are seen in their own
+                block only, and always as rows: a backbone that does not know them cannot have any.
         """
-        return self.finish(self._run(images, prompts, layers, position))
+        return self.finish(self._run(images, prompts, layers, position, None, gates))
 
     def forward_intermediates(
         self,
@@ -154,6 +170,7 @@ class Backbone(nn.Module):
         layers: Sequence[int] = (),
         position: Position = "prepend",
         indices: Sequence[int] | None = None,
+        gates: Sequence[Tensor] | Tensor | None = None,
     ) -> list[Tensor]:
         """Feature maps (B, width, rows, columns) after the blocks `indices`; None: after all.
 
@@ -161,7 +178,7 @@ class Backbone(nn.Module):
         `forward_intermediates` with `norm=False`. The other arguments are those of `forward`.
         """
         maps: dict[int, Tensor] = {}
-        self._run(images, prompts, layers, position, maps)
+        self._run(images, prompts, layers, position, maps, gates)
         return [maps[index] for index in (maps if indices is None else indices)]
 
     def _run(
@@ -170,7 +187,8 @@ class Backbone(nn.Module):
         prompts: Sequence[Tensor] | Tensor,
         layers: Sequence[int],
         position: Position,
-        maps: dict[int, Tensor] | None = None,
+        maps: dict[int, Tensor] | None,
+        gates: Sequence[Tensor] | Tensor | None,
     ) -> Tensor:
         """Tokens after the last block, without prompts; `maps` takes the feature maps."""
         fast = self.knows_rows and not self.exact_tokens
@@ -183,9 +201,13 @@ class Backbone(nn.Module):
                 tokens, num_prompts = self._strip(tokens, num_prompts, prepend), 0
             tokens = self.enter(index, tokens, num_prompts)
             if index in layers:
-                prompt = prompts[layers.index(index)][..., : widths[index]]
-                if prompt.dim() == 5 or (fast and (last or index + 1 in layers)):
-                    rows = prompt if prompt.dim() == 5 else self.rows(index, prompt)
+                place = layers.index(index)
+                prompt = prompts[place][..., : widths[index]]
+                gate = None if gates is None else gates[place]
+                if prompt.dim() == 5:  # folded
+                    rows = Rows(*prompt, gate)
+                elif gate is not None or (fast and (last or index + 1 in layers)):
+                    rows = self.rows(index, prompt)._replace(gate=gate)
                 else:
                     prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
                     start = self.num_prefix_tokens if prepend else tokens.shape[1]
@@ -215,13 +237,15 @@ class Backbone(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def fold_prompts(self, prompts: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """`prompts` for `forward`, as rows where `forward` would make rows of them."""
+    def fold_prompts(
+        self, prompts: Tensor, layers: Sequence[int], gated: bool = False
+    ) -> list[Tensor]:
+        """`prompts` for `forward`; where it would make rows of them, keys and values, stacked."""
         fast = self.knows_rows and not self.exact_tokens
         last = self.num_layers - 1
         return [
-            self.rows(index, prompt[..., : self.widths[index]])
-            if fast and (index == last or index + 1 in layers)
+            torch.stack(self.rows(index, prompt[..., : self.widths[index]])[:2])
+            if gated or (fast and (index == last or index + 1 in layers))
             else prompt
             for index, prompt in zip(layers, prompts, strict=True)
         ]

@@ -55,7 +55,7 @@ class Adapter(vit.Adapter):
         """The prompts through the block's norm and its key and value projections."""
         block = self.model.blocks[index]
         prompts = block.norm1(prompts.view(-1, *prompts.shape[-2:]))
-        return torch.stack(self.project(block, prompts, slice(1, 3)))
+        return Rows(*self.project(block, prompts, slice(1, 3)))
 
     def _bias(self, attn: nn.Module) -> Tensor | None:
         """Position bias (1, heads, N, N): the block's own and the one that all blocks share."""

@@ -1,7 +1,6 @@
 """open_clip's own vision transformer: the image tower of its CLIPs and CoCas."""
 
 import open_clip
-import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -51,7 +50,7 @@ class Adapter(Backbone):
     def rows(self, index: int, prompts: Tensor) -> Rows:
         """The prompts through the block's norm and its key and value projections."""
         block = self.model.transformer.resblocks[index]
-        return torch.stack(project(block, prompts.view(-1, *prompts.shape[-2:]), slice(1, 3)))
+        return Rows(*project(block, prompts.view(-1, *prompts.shape[-2:]), slice(1, 3)))
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Final norm, the model's own pooling (CoCa: attention), projection."""

@@ -98,7 +98,7 @@ class Adapter(Backbone):
         key, value = _project(
             block.attn, prompts if self.is_v2 else block.norm1(prompts), slice(1, 3)
         )
-        return torch.stack([F.normalize(key, dim=-1) if self.is_v2 else key, value])
+        return Rows(F.normalize(key, dim=-1) if self.is_v2 else key, value)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Final norm, then the mean over patches."""
@@ -117,8 +117,9 @@ class Adapter(Backbone):
         x = window_partition(x, window).flatten(1, 2)  # all windows of an image, then the next's
         batch, count = len(tokens), len(x) // len(tokens)
         x = torch.cat([x, prompts.repeat_interleave(count, 0)], 1)
-        if rows is not None and rows.shape[1] > 1:
-            rows = rows.repeat_interleave(count, 1)
+        if rows is not None and len(rows.key) > 1:
+            parts = (part.repeat_interleave(count, 0) for part in rows[:2])
+            rows = Rows(*parts, rows.gate)
 
         attn = block.attn
         query, key, value = _project(attn, x, slice(0, 3))

@@ -84,7 +84,7 @@ class Adapter(Backbone):
         block = self.model.blocks[index]
         prompts = block.norm1(prompts.view(-1, *prompts.shape[-2:]))
         key, value = self.project(block, prompts, slice(1, 3))
-        return torch.stack([block.attn.k_norm(key), value])
+        return Rows(block.attn.k_norm(key), value)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Final norm, then the model's own pooling."""

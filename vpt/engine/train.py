@@ -4,6 +4,7 @@ import io
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vpt.artifact import write_atomically
 from vpt.config import EngineConfig, TrainConfig, validate
 from vpt.data.loaders import EpochSampler, ImageDataset
 from vpt.engine.accelerator import make_accelerator
+from vpt.engine.crossval import training_helps
 from vpt.engine.evaluate import EVAL_BATCH, metrics, num_correct, predict
 from vpt.engine.features import FrozenFeatures, image_features
 from vpt.engine.losses import make_criterion
@@ -77,6 +79,8 @@ def fit(
     check_loss(config.loss, model)
     begin = time.perf_counter()
     ours = isinstance(train.sampler, EpochSampler)  # then all of the data set is training data
+    if config.folds and not ours:
+        raise InputError(f"train.folds={config.folds} needs a loader of vpt's own: drop it")
     plain = _in_order(train) if ours else train
     model.criterion = _criterion(config.loss, plain, len(model.class_names))
     frozen = None
@@ -91,9 +95,24 @@ def fit(
         return image_features(model, plain, accelerator)
 
     if model.solved:
-        return _solve(model, *features(), accelerator.device, begin)
+        seen = features()
+        model.solve(*seen)
+        return [_record(model, *seen, begin)]
     optimizer = make_optimizer(model, config)
     history = _resume(checkpoint, model, optimizer)
+    if config.folds and not history:
+        once = config.model_copy(update={"folds": None})
+
+        def start(images: DataLoader) -> None:
+            images = _in_order(images)
+            seen = partial(image_features, model, images, accelerator)
+            model.before_epoch(0, config.epochs, images, seen)
+
+        learn = partial(fit, model, config=once, engine=engine, progress=progress)
+        answer = partial(predict, model, precision=config.precision)
+        if not training_helps(model, train, config.folds, start, learn, answer, log):
+            model.before_epoch(0, config.epochs, plain, features)
+            return [_record(model.eval(), *features(), begin)]
     # the same batches, of features
     loader = DataLoader(frozen, train.batch_size, sampler=train.sampler) if frozen else train
     step = _Step(model, from_features=frozen is not None)
@@ -226,14 +245,12 @@ def _criterion(name: str, plain: DataLoader, num_classes: int) -> Criterion:
     return make_criterion(name, torch.bincount(labels, minlength=num_classes))
 
 
-def _solve(
-    model: Method, features: Tensor, labels: Tensor, device: torch.device, begin: float
-) -> list[Record]:
-    model.solve(features, labels)
-    with torch.no_grad():
-        logits = model.logits(features.to(device)).cpu()
+@torch.no_grad()
+def _record(model: Method, features: Tensor, labels: Tensor, begin: float) -> Record:
+    """That of a method which no step trained, on the features of its training images."""
+    logits = model.logits(features.to(model.backbone.device)).cpu()
     accuracy = (num_correct(logits, labels) / len(labels)).item()
-    return [{"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}]
+    return {"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}
 
 
 def _resume(

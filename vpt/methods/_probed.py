@@ -12,13 +12,13 @@ from vpt.methods.linear_probe import solve_head
 class ProbedOptions(Strict):
     """Options of all methods with such a head."""
 
-    # probe: `fit` starts from the linear probe of the features before the first step; random: as
-    # most papers do
-    head: Literal["probe", "random"] = "probe"
+    # probe: `fit` starts from the linear probe of the features before the first step; fixed: and
+    # leaves the head there; random: as most papers do
+    head: Literal["probe", "fixed", "random"] = "probe"
 
 
 class ProbedMethod(Method):
-    """Trains something of the image tower, and `head`: Linear(feature_dim → C)."""
+    """Trains something of the image tower, and `head`: Linear(feature_dim → C), unless fixed."""
 
     Options = ProbedOptions
 
@@ -27,10 +27,11 @@ class ProbedMethod(Method):
     ) -> None:
         super().__init__(backbone, class_names, options)
         self.head = Head(backbone.feature_dim, len(class_names))
+        self.head.requires_grad_(options.head != "fixed")
 
     def before_epoch(
         self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
     ) -> None:
-        """Before the first epoch, solve the head, with the option `head` at probe."""
-        if epoch == 0 and self.options.head == "probe":
+        """Before the first epoch, solve the head, unless the option `head` is random."""
+        if epoch == 0 and self.options.head != "random":
             solve_head(self.head, *features())

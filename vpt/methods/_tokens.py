@@ -21,6 +21,9 @@ class TokenOptions(ProbedOptions):
     dropout: float = Field(0.0, ge=0, lt=1)  # on prompts, a mask for each sample
     project: PositiveInt | None = None  # train in this width, map linearly to the model's
     position: Position = "prepend"  # after the class token, or after the last patch
+    # True: each block of `layers` adds what its own prompts give times a gate that starts at 0, so
+    # that training starts from the bare backbone; False: one softmax, as published
+    gated: bool = False
 
 
 class TokenMethod(ProbedMethod):
@@ -30,6 +33,7 @@ class TokenMethod(ProbedMethod):
         prompts: (len(layers), num_tokens, width), or (…, project) with `project`. Where the blocks
             differ in width (Swin), that of the widest; a narrower one uses the leading columns.
         projection: Linear(project → width), or None.
+        gates: (len(layers),), or None: see `vpt.backbones.base.Rows`.
         head: Linear(feature_dim → C).
     """
 
@@ -49,6 +53,14 @@ class TokenMethod(ProbedMethod):
         if options.project:
             self.projection = nn.Linear(options.project, model_width)
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
+        self.gates = None
+        if options.gated:
+            if not backbone.knows_rows:
+                raise InputError(
+                    f"method.gated=true: {backbone.family} has blocks of an unknown type: give "
+                    "method.gated=false"
+                )
+            self.gates = nn.Parameter(torch.zeros(len(self.layers)))
 
     def prompted_layers(self) -> list[int]:
         """The blocks that get prompts of their own, ascending."""
@@ -57,7 +69,7 @@ class TokenMethod(ProbedMethod):
     def features(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of the prompted backbone."""
         prompts = self.batch_prompts(len(images))
-        return self.backbone(images, prompts, self.layers, self.options.position)
+        return self.backbone(images, prompts, self.layers, self.options.position, self.gates)
 
     def batch_prompts(self, count: int) -> Tensor:
         """What `layer_prompts` gives, or with dropout (len(layers), count, num_tokens, width)."""
@@ -73,7 +85,7 @@ class TokenMethod(ProbedMethod):
 
     def folded_prompts(self) -> list[Tensor]:
         """What the backbone takes in place of the prompts, computed as far as no image matters."""
-        return self.backbone.fold_prompts(self.layer_prompts(), self.layers)
+        return self.backbone.fold_prompts(self.layer_prompts(), self.layers, self.gates is not None)
 
     def fold(self) -> Method:
         """The inference form: keys and values of the prompts computed once."""
@@ -88,7 +100,7 @@ class Folded(Method):
     def __init__(self, method: TokenMethod) -> None:
         super().__init__(method.backbone, method.class_names, method.options)
         self.multilabel = method.multilabel
-        self.layers, self.head = method.layers, method.head
+        self.layers, self.head, self.gates = method.layers, method.head, method.gates
         with torch.no_grad():
             prompts = method.folded_prompts()
         for index, tensor in enumerate(prompts):
@@ -98,7 +110,7 @@ class Folded(Method):
     def features(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of the prompted backbone."""
         prompts = [getattr(self, f"prompts{index}") for index in range(len(self.layers))]
-        return self.backbone(images, prompts, self.layers, self.options.position)
+        return self.backbone(images, prompts, self.layers, self.options.position, self.gates)
 
 
 def init_bound(backbone: Backbone, width: int) -> float:

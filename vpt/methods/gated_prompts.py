@@ -5,6 +5,7 @@ rescales the frozen attention itself.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vpt.methods.base import Method
 class Options(TokenOptions):
     """Options of gated prompts; `position` changes nothing."""
 
+    gated: Literal[False] = False  # by gates of another kind
     gate_logit: float = -5.0  # where the gates start: blocks hardly change the prompts
 
 

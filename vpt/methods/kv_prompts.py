@@ -53,7 +53,7 @@ class Prompted(TokenMethod):
                 f"method.segments={options.segments} does not divide the width {backbone.width}"
             )
         super().__init__(backbone, class_names, options)
-        _, _, heads, _, head_dim = backbone.rows(0, self.prompts[0]).shape
+        _, heads, _, head_dim = backbone.rows(0, self.prompts[0]).key.shape
         bound = init_bound(backbone, backbone.width)
         kv_prompts = torch.empty(backbone.num_layers, 2, heads, options.num_rows, head_dim)
         self.kv_prompts = nn.Parameter(kv_prompts.uniform_(-bound, bound))
@@ -72,7 +72,7 @@ class Prompted(TokenMethod):
     def features(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of the prompted backbone."""
         rows = self._rows(self.batch_prompts(len(images)))
-        return self.backbone(images, rows, self.layers, self.options.position)
+        return self.backbone(images, rows, self.layers, self.options.position, self.gates)
 
     def folded_prompts(self) -> list[Tensor]:
         """All keys and values."""
@@ -81,7 +81,7 @@ class Prompted(TokenMethod):
     def _rows(self, prompts: Tensor) -> list[Tensor]:
         rows = []
         for index, tokens, own in zip(self.layers, prompts, self.kv_prompts, strict=True):
-            made = self.backbone.rows(index, tokens)
+            made = torch.stack(self.backbone.rows(index, tokens)[:2])
             own = own[:, None].to(made.dtype).expand(-1, made.shape[1], -1, -1, -1)
             rows.append(torch.cat([made, own], 3))
         return rows

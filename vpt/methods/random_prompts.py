@@ -4,19 +4,25 @@ Trained prompts differ from these by little on some sets (arXiv 2407.01003, tabl
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from vpt.backbones.base import Backbone
 from vpt.methods import vpt_deep
 
 
+class Options(vpt_deep.Options):
+    """Options of frozen random prompts."""
+
+    gated: Literal[False] = False  # gates at 0 would leave no prompts
+
+
 class Prompted(vpt_deep.Prompted):
     """`prompts` as VPT-deep draws them, frozen; only the head trains."""
 
+    Options = Options
     frozen_features = True
 
-    def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], options: vpt_deep.Options
-    ) -> None:
+    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Options) -> None:
         # dropout is noise against overfitting prompts; these do not fit anything
         super().__init__(backbone, class_names, options.model_copy(update={"dropout": 0.0}))
         self.prompts.requires_grad_(False)

@@ -1,0 +1,102 @@
+"""Gated prompts: a softmax of their own, times a gate that starts at 0."""
+
+import pytest
+import tiny
+import torch
+from families import MODELS, build
+from torch import nn
+from torch.nn import functional as F
+
+import vpt
+from vpt import backbones
+from vpt.backbones._attention import attend
+from vpt.backbones.base import Rows
+from vpt.errors import InputError
+
+KNOWN = [name for name in MODELS if backbones.adapt(build(name)).knows_rows]
+
+
+def images(count=2):
+    return tiny.images(count).double()
+
+
+def attach(name, method="vpt_deep", **options):
+    model = vpt.attach(
+        build(name).double(), method, num_classes=3, num_tokens=4, gated=True, **options
+    )
+    return model.double()
+
+
+def open_gates(model):
+    torch.nn.init.uniform_(model.gates, -1, 1)
+    return model
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_closed_gates_leave_the_backbone_as_it_is(name, method):
+    model, x = attach(name, method), images()
+    torch.testing.assert_close(model.features(x), model.backbone(x), rtol=1e-9, atol=1e-9)
+    model(x).square().sum().backward()
+    assert model.gates.grad.abs().min() > 0  # but they can open
+    assert model.prompts.grad.abs().max() == 0
+    open_gates(model)(x).square().sum().backward()
+    assert model.prompts.grad.flatten(1).abs().amax(1).min() > 0
+
+
+def test_prompts_have_a_softmax_of_their_own():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
+    prompt_key, prompt_value = torch.randn(2, 1, 4, 5, 8, dtype=torch.float64)
+    bias = torch.randn(1, 4, 7, 7, dtype=torch.float64)
+
+    def answers(k, v, bias=0):
+        return ((query @ k.mT * 8**-0.5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    rows = Rows(prompt_key, prompt_value, torch.tensor(0.3, dtype=torch.float64))
+    expected = answers(key, value, bias) + 0.3 * answers(prompt_key, prompt_value)
+    torch.testing.assert_close(
+        attend(query, key, value, rows, bias), expected, rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_one_gated_prompt_shifts_the_bias_of_the_projection(name):
+    # a softmax over one key is 1, so its value goes to all tokens alike
+    model = vpt.attach(build(name).double(), num_classes=3, num_tokens=1, gated=True)
+    model, x, backbone = open_gates(model.double()), images(), model.backbone
+    expected = model.features(x)
+    attentions = [m for n, m in backbone.image_tower.named_modules() if n.endswith(".attn")]
+    for index, attn in enumerate(attentions[: backbone.num_layers]):  # CoCa's pooler has one too
+        if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+            pytest.skip("a norm stands between attention and projection")
+        out = attn.out_proj if hasattr(attn, "out_proj") else attn.proj
+        prompt = model.prompts[index][..., : backbone.widths[index]]
+        shift = model.gates[index] * backbone.rows(index, prompt).value.flatten()
+        out.bias = nn.Parameter(F.linear(shift, out.weight, out.bias))
+    torch.testing.assert_close(backbone(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_sets_of_each_sample_and_folded_ones(name):
+    model, x = open_gates(attach(name)), images(3)
+    sets = model.prompts[:, None] * torch.tensor([1.0, 0.5, 2.0])[None, :, None, None]
+    together = model.backbone(x, sets, model.layers, gates=model.gates)
+    apart = [
+        model.backbone(x[i : i + 1], sets[:, i], model.layers, gates=model.gates) for i in range(3)
+    ]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.fold()(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_an_artefact_keeps_the_gates(tmp_path):
+    model = open_gates(vpt.attach(tiny.vit(), num_classes=3, gated=True)).eval()
+    loaded = vpt.load(vpt.save(model, tmp_path / "a.safetensors"), tiny.vit())
+    torch.testing.assert_close(loaded(tiny.images()), model(tiny.images()))
+
+
+def test_unknown_blocks_are_refused():
+    model = tiny.vit()
+    model.blocks[0].attn = nn.Module()
+    with pytest.raises(InputError, match=r"method\.gated=true.* give method\.gated=false"):
+        vpt.attach(model, num_classes=3, gated=True)

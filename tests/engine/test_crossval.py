@@ -1,0 +1,105 @@
+"""Training is kept only where held-out training images say that it helps."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+import vpt
+from vpt.data.images import Samples
+from vpt.data.loaders import make_loader
+from vpt.engine.crossval import training_helps
+from vpt.engine.evaluate import predict
+from vpt.errors import InputError
+
+
+def samples(labels, patients=None):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+    names = [str(index) for index in range(len(labels))]
+    return Samples(images, np.asarray(labels), names, patients)
+
+
+def loader(model, data):
+    return make_loader(data, model.backbone.preprocess, 8, train=True)
+
+
+def judge(model, data, learn, start=lambda images: None):
+    lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
+    answer = partial(predict, model)
+    helps = training_helps(model, loader(model, data), 3, start, learn, answer, lines.append)
+    torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
+    return helps, lines
+
+
+def set_bias(model, label, size):
+    with torch.no_grad():
+        model.head.bias.copy_(size * F.one_hot(torch.tensor(label), 2))
+
+
+@pytest.mark.parametrize(("label", "helps"), [(0, True), (1, False)])
+def test_answers_on_held_out_images_decide(label, helps):
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    data = samples([0] * 24 + [1] * 6)
+    actual, lines = judge(model, data, lambda images: set_bias(model, label, 20.0))
+    assert actual == helps
+    assert "of 30 held-out training images" in lines[0]
+
+
+def test_a_training_that_changes_nothing_does_not_help():
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    assert not judge(model, samples([0, 1] * 6), lambda images: None)[0]
+
+
+def test_one_image_of_a_class_leaves_it_as_it_starts():
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    helps, lines = judge(model, samples([0, 0, 0, 1]), lambda images: set_bias(model, 0, 20.0))
+    assert not helps
+    assert "too few images" in lines[0]
+
+
+def test_held_out_images_and_patients_are_not_learned_from():
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    data = samples([0, 0, 1, 1] * 6, patients=[f"p{index // 2}" for index in range(24)])
+    seen = []
+    judge(model, data, lambda images: seen.append(images.dataset.samples))
+    assert len(seen) == 3
+    assert sorted(len(part) for part in seen) == [16, 16, 16]
+    for part in seen:
+        held = set(data.names) - set(part.names)
+        patients = {data.patients[int(name)] for name in held}
+        assert patients.isdisjoint(part.patients)
+
+
+def test_the_default_recipe_falls_back_to_the_linear_probe():
+    # labels at random: nothing can be learned
+    data = samples([0, 1] * 12)
+    lines = []
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="fixed")
+    config = {"epochs": 2, "lr": 1e-2, "folds": 3}
+    (record,) = vpt.fit(model, loader(model, data), config=config, log=lines.append)
+    probe = vpt.attach(tiny.vit(), "linear_probe", num_classes=2)
+    (expected,) = vpt.fit(probe, loader(probe, data))
+    assert any("left as it starts" in line for line in lines)
+    assert not model.gates.any()
+    torch.testing.assert_close(model(tiny.images()), probe(tiny.images()))
+    assert record["accuracy"] == expected["accuracy"]
+
+
+def test_multilabel():
+    model = vpt.attach(tiny.vit(), class_names=["a", "b"], multilabel=True)
+    labels = np.random.default_rng(0).integers(0, 2, (12, 2))
+    config = {"epochs": 1, "folds": 2}
+    lines = []
+    vpt.fit(model, loader(model, samples(labels)), config=config, log=lines.append)
+    assert "of 12 held-out" in " ".join(lines)
+
+
+def test_another_loader_is_refused():
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    batches = torch.utils.data.DataLoader([(tiny.images(1)[0], 0)])
+    with pytest.raises(InputError, match=r"train\.folds=3"):
+        vpt.fit(model, batches, config={"folds": 3})
