@@ -357,6 +357,7 @@ def test_wrong_usage_exits_with_2(tmp_path, capfd, monkeypatch, arguments):
 def test_nan_keeps_the_last_good_prompt(tmp_path, capfd, monkeypatch, images, batch, epochs, what):
     run = partial(vpt_cli, capfd, monkeypatch)
     settings = [f"data.root={images}", f"out={tmp_path / 'run'}", f"train.batch_size={batch}"]
+    settings += ["train.folds=null", "method.head=probe"]
     code, _, err = run(*TRAIN, *settings, "train.lr=3e37", f"train.epochs={epochs}")
     assert code == 1
     last = err.splitlines()[-1]

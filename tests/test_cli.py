@@ -87,7 +87,7 @@ def test_list_shows_every_name_with_a_line(good, what, names):
 
 def test_from_images_to_predictions(tmp_path, good, cli):
     images, run = write_folder(tmp_path / "pets"), tmp_path / "run"
-    train = ["train", "vpt_deep", *FAST, f"data.root={images}", f"out={run}"]
+    train = ["train", "vpt_deep", *FAST, f"data.root={images}", f"out={run}", "train.folds=null"]
     code, out, err = cli(*train)
     assert code == 0
     assert "2 classes, 4 training, 6 test images" in err

@@ -137,7 +137,8 @@ class EngineConfig(Strict):
     But for the masks of a dropout that is compiled.
     """
 
-    exact_tokens: bool = False  # True: prompts as tokens everywhere, the reference path
+    # True: prompts as tokens, the reference path; gated prompts have no such form
+    exact_tokens: bool = False
     compile: bool = False  # the training step, by torch.compile
     checkpointing: bool = False  # blocks run again in the backward pass: slower, less memory
     feature_cache: File | None = None  # folder for image features of later runs; None: memory only

@@ -10,6 +10,7 @@ from tiny import images
 
 from vpt import backbones
 from vpt.backbones._attention import attend
+from vpt.backbones.base import Rows
 from vpt.errors import InputError
 
 
@@ -32,7 +33,7 @@ def test_prompts_get_no_position_bias(queries):
     biased = min(queries, 5)
     scores[:, :, :biased, :5] += bias[:, :, :biased]
     expected = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
-    same(attend(query, key, value, rows, bias), expected)
+    same(attend(query, key, value, Rows(*rows), bias), expected)
 
 
 @pytest.mark.parametrize("name", ["eva02", "dinov3", "pe", "rope_mixed"])

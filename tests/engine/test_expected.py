@@ -40,4 +40,4 @@ def test_real_weights_and_images(tmp_path):
     overrides += [f"data.root={real / 'breastmnist.npz'}", f"backbone.checkpoint={real / VIT}"]
     result = run(load_run("vpt_shallow", overrides), log=lambda line: None)
     assert result["data"] == "breastmnist" and result["num_test"] == 156
-    assert result["tunable_parameters"] == 10 * 192 + 2 * 193
+    assert result["tunable_parameters"] == 10 * 192 + 1  # prompts and a gate

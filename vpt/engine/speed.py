@@ -54,6 +54,7 @@ def measure(works: Sequence[Work], rounds: int) -> Iterator[dict[str, Any]]:
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(rounds):
             for name, step in steps.items():
+                step()  # as in training, where a step follows one of its own kind
                 _wait()
                 begin = time.perf_counter()
                 step()
