@@ -15,7 +15,7 @@ from vpt import catalog, methods, resources
 
 KEYS = {
     *("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "num_test"),
-    *("tunable_parameters", "train_seconds", "seed", "config_hash", "split_hash"),
+    *("tunable_parameters", "trained", "train_seconds", "seed", "config_hash", "split_hash"),
 }
 FAST = ["backbone.name=tiny_clip", "train.epochs=2", "data.shots=2"]
 
@@ -95,6 +95,7 @@ def test_from_images_to_predictions(tmp_path, good, cli):
     assert set(figures) >= KEYS
     assert figures["num_test"] == 6
     assert figures["seed"] == 1
+    assert figures["trained"]
     assert figures["train_seconds"] > 0
     assert f"{figures['accuracy']:.4f}" in out
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2

@@ -194,6 +194,7 @@ def run(
         **resampled_figures(logits, labels, source.class_names, split.test.patients, decision),
         **({"notice": NOTICE} if source.medical else {}),
         "tunable_parameters": tunable,
+        "trained": "loss" in history[-1],  # False: solved, or left as it starts
         "train_seconds": train_seconds,
         "method": model.name,
         "backbone": config.backbone.name,
