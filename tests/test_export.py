@@ -112,6 +112,12 @@ def test_a_projection_of_prompts_is_folded(tmp_path, exported):
     assert products(tmp_path / "pets.onnx") == products(exported("linear_probe", "vit")[1])
 
 
+def test_gated_prompts(tmp_path):
+    model = attach("vpt_deep", gated=True)
+    torch.nn.init.ones_(model.gates)
+    export(model, tmp_path / "pets.onnx")  # compares the logits
+
+
 def test_the_model_still_trains(exported):
     model, _ = exported("vpt_deep", "vit")
     assert not model.is_folded

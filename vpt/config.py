@@ -220,7 +220,7 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     changes = _dotlist(overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
-        for section in ("method", "train", "expected"):
+        for section in ("recipe", "method", "train", "expected"):
             file.pop(section, None)
     method = chosen or named
     if not isinstance(method, str):

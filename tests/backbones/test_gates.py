@@ -89,6 +89,16 @@ def test_sets_of_each_sample_and_folded_ones(name):
     torch.testing.assert_close(model.fold()(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+def test_checkpointing_gives_the_same_gradients():
+    model, x = open_gates(attach("vit")), images()
+    gradients = []
+    for model.backbone.checkpointing in (False, True):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append(model.prompts.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_an_artefact_keeps_the_gates(tmp_path):
     model = open_gates(vpt.attach(tiny.vit(), num_classes=3, gated=True)).eval()
     loaded = vpt.load(vpt.save(model, tmp_path / "a.safetensors"), tiny.vit())

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import vpt
 from vpt.data.images import Samples
 from vpt.data.loaders import make_loader
+from vpt.engine import crossval
 from vpt.engine.crossval import training_helps
 from vpt.engine.evaluate import predict
 from vpt.errors import InputError
@@ -27,10 +28,10 @@ def loader(model, data):
     return make_loader(data, model.backbone.preprocess, 8, train=True)
 
 
-def judge(model, data, learn, start=lambda images: None):
+def judge(model, data, learn, start=lambda images: None, balanced=False):
     lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
-    answer = partial(predict, model)
-    helps = training_helps(model, loader(model, data), 3, start, learn, answer, lines.append)
+    steps = (start, learn, partial(predict, model))
+    helps = training_helps(model, loader(model, data), 3, balanced, *steps, lines.append)
     torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
     return helps, lines
 
@@ -46,7 +47,7 @@ def test_answers_on_held_out_images_decide(label, helps):
     data = samples([0] * 24 + [1] * 6)
     actual, lines = judge(model, data, lambda images: set_bias(model, label, 20.0))
     assert actual == helps
-    assert "of 30 held-out training images" in lines[0]
+    assert "of 30 held-out training images" in lines[-1]
 
 
 def test_a_training_that_changes_nothing_does_not_help():
@@ -58,7 +59,7 @@ def test_one_image_of_a_class_leaves_it_as_it_starts():
     model = vpt.attach(tiny.vit(), num_classes=2)
     helps, lines = judge(model, samples([0, 0, 0, 1]), lambda images: set_bias(model, 0, 20.0))
     assert not helps
-    assert "too few images" in lines[0]
+    assert "too few images" in lines[-1]
 
 
 def test_held_out_images_and_patients_are_not_learned_from():
@@ -72,6 +73,39 @@ def test_held_out_images_and_patients_are_not_learned_from():
         held = set(data.names) - set(part.names)
         patients = {data.patients[int(name)] for name in held}
         assert patients.isdisjoint(part.patients)
+
+
+def test_patients_of_both_classes():
+    labels, patients = [0, 1, 1, 1, 0, 1, 1, 0], ["p0"] * 5 + ["p1"] * 2 + ["p2"]
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    vpt.fit(model, loader(model, samples(labels, patients)), config={"epochs": 1, "folds": 3})
+
+
+def test_a_rare_class_does_not_stop_the_others():
+    model = vpt.attach(tiny.vit(), num_classes=3)
+    data, lines = samples([0] * 12 + [1] * 11 + [2]), []
+    vpt.fit(model, loader(model, data), config={"epochs": 1, "folds": 3}, log=lines.append)
+    assert "of 24 held-out" in lines[-1]
+
+
+def test_balanced_classes_count_alike():
+    # 24 of a class improve a little, 6 of the other get much worse
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    data = samples([0] * 24 + [1] * 6)
+    helps = [judge(model, data, lambda _: set_bias(model, 0, 20.0), balanced=b)[0] for b in (0, 1)]
+    assert helps == [True, False]
+
+
+def test_the_loss_is_of_all_images_after_the_folds(monkeypatch):
+    monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
+    data = samples([0] * 16 + [1] * 8)
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    config = {"epochs": 1, "loss": "class_balanced"}
+    vpt.fit(model, loader(model, data), config={**config, "folds": 3})
+    logits, labels = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
+    actual = model.criterion(logits, labels)
+    vpt.fit(model, loader(model, data), config=config)
+    assert actual == model.criterion(logits, labels)
 
 
 def test_the_default_recipe_falls_back_to_the_linear_probe():

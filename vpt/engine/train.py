@@ -82,7 +82,6 @@ def fit(
     if config.folds and not ours:
         raise InputError(f"train.folds={config.folds} needs a loader of vpt's own: drop it")
     plain = _in_order(train) if ours else train
-    model.criterion = _criterion(config.loss, plain, len(model.class_names))
     frozen = None
     if model.frozen_features and ours:
         views, folder = config.views, engine.feature_cache
@@ -95,24 +94,31 @@ def fit(
         return image_features(model, plain, accelerator)
 
     if model.solved:
-        seen = features()
-        model.solve(*seen)
-        return [_record(model, *seen, begin)]
+        seen, labels = features()
+        model.solve(seen, labels)
+        with torch.no_grad():
+            logits = model.logits(seen.to(accelerator.device)).cpu()
+        return [_record(logits, labels, begin)]
     optimizer = make_optimizer(model, config)
     history = _resume(checkpoint, model, optimizer)
     if config.folds and not history:
         once = config.model_copy(update={"folds": None})
+        plainly = engine.model_copy(update={"compile": False})  # a fold is too short to pay for it
 
         def start(images: DataLoader) -> None:
             images = _in_order(images)
             seen = partial(image_features, model, images, accelerator)
             model.before_epoch(0, config.epochs, images, seen)
 
-        learn = partial(fit, model, config=once, engine=engine, progress=progress)
+        learn = partial(fit, model, config=once, engine=plainly)
         answer = partial(predict, model, precision=config.precision)
-        if not training_helps(model, train, config.folds, start, learn, answer, log):
+        balanced = config.loss != "cross_entropy"
+        if not training_helps(model, train, config.folds, balanced, start, learn, answer, log):
             model.before_epoch(0, config.epochs, plain, features)
-            return [_record(model.eval(), *features(), begin)]
+            return [_record(*answer(plain), begin)]
+        # those of the folds have reset the state that all accelerators share
+        accelerator = make_accelerator(config.precision, engine.compile)
+    model.criterion = _criterion(config.loss, plain, len(model.class_names))
     # the same batches, of features
     loader = DataLoader(frozen, train.batch_size, sampler=train.sampler) if frozen else train
     step = _Step(model, from_features=frozen is not None)
@@ -245,10 +251,8 @@ def _criterion(name: str, plain: DataLoader, num_classes: int) -> Criterion:
     return make_criterion(name, torch.bincount(labels, minlength=num_classes))
 
 
-@torch.no_grad()
-def _record(model: Method, features: Tensor, labels: Tensor, begin: float) -> Record:
-    """That of a method which no step trained, on the features of its training images."""
-    logits = model.logits(features.to(model.backbone.device)).cpu()
+def _record(logits: Tensor, labels: Tensor, begin: float) -> Record:
+    """That of a method which no step trained, from its answers to the training images."""
     accuracy = (num_correct(logits, labels) / len(labels)).item()
     return {"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}
 

@@ -35,6 +35,9 @@ class TokenMethod(ProbedMethod):
         projection: Linear(project → width), or None.
         gates: (len(layers),), or None: see `vpt.backbones.base.Rows`.
         head: Linear(feature_dim → C).
+
+    Raises:
+        InputError: gated prompts for blocks of an unknown type.
     """
 
     Options = TokenOptions
@@ -58,7 +61,7 @@ class TokenMethod(ProbedMethod):
             if not backbone.knows_rows:
                 raise InputError(
                     f"method.gated=true: {backbone.family} has blocks of an unknown type: give "
-                    "method.gated=false"
+                    "method.gated=false method.head=probe, or recipe=paper"
                 )
             self.gates = nn.Parameter(torch.zeros(len(self.layers)))
 

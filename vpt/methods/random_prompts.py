@@ -14,6 +14,7 @@ class Options(vpt_deep.Options):
     """Options of frozen random prompts."""
 
     gated: Literal[False] = False  # gates at 0 would leave no prompts
+    head: Literal["probe", "random"] = "probe"  # nothing else trains
 
 
 class Prompted(vpt_deep.Prompted):
