@@ -89,6 +89,14 @@ def test_sets_of_each_sample_and_folded_ones(name):
     torch.testing.assert_close(model.fold()(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow"])
+def test_folded_prompts_are_keys_and_values(method):
+    folded = open_gates(attach("vit", method)).fold()
+    constants = [b for name, b in folded.named_buffers() if name.startswith("prompts")]
+    assert len(constants) == len(folded.layers)
+    assert all(constant.dim() == 5 for constant in constants)
+
+
 def test_checkpointing_gives_the_same_gradients():
     model, x = open_gates(attach("vit")), images()
     gradients = []

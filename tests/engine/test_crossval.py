@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 import vpt
+from vpt.config import EngineConfig
 from vpt.data.images import Samples
 from vpt.data.loaders import make_loader
-from vpt.engine import crossval
+from vpt.engine import crossval, train
 from vpt.engine.crossval import training_helps
 from vpt.engine.evaluate import predict
 from vpt.errors import InputError
@@ -106,6 +107,21 @@ def test_the_loss_is_of_all_images_after_the_folds(monkeypatch):
     actual = model.criterion(logits, labels)
     vpt.fit(model, loader(model, data), config=config)
     assert actual == model.criterion(logits, labels)
+
+
+def test_the_run_compiles_after_folds_that_do_not(monkeypatch):
+    monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
+    compiled, make = [], train.make_accelerator
+
+    def spy(precision, compile):
+        compiled.append(compile)
+        return make(precision, False)
+
+    monkeypatch.setattr(train, "make_accelerator", spy)
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    config, engine = {"epochs": 1, "folds": 2}, EngineConfig(compile=True)
+    vpt.fit(model, loader(model, samples([0, 1] * 4)), config=config, engine=engine)
+    assert compiled == [True, False, False, True]  # before, in each fold, and after
 
 
 def test_the_default_recipe_falls_back_to_the_linear_probe():

@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from scipy.stats import ttest_1samp
-from sklearn.model_selection import (
-    GroupKFold,
-    KFold,
-    StratifiedGroupKFold,
-    StratifiedKFold,
-)
+from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from vpt.data.images import Samples
@@ -127,5 +123,5 @@ def _brier(logits: Tensor, labels: Tensor) -> Tensor:
     """Squared error of the probabilities (N, C) of each image: (N,)."""
     if labels.dim() == 2:
         return (logits.sigmoid() - labels).square().mean(1)
-    truth = torch.nn.functional.one_hot(labels, logits.shape[1])
+    truth = F.one_hot(labels, logits.shape[1])
     return (logits.softmax(1) - truth).square().sum(1)
