@@ -94,6 +94,7 @@ class TrainConfig(Strict):
     """How the prompt is trained. `lr` is used as it is: no hidden scaling by the batch size."""
 
     epochs: PositiveInt = 100
+    min_steps: NonNegativeInt = 0  # with few images, more epochs, until they have so many steps
     batch_size: PositiveInt = 32
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)

@@ -128,7 +128,7 @@ def test_the_default_recipe_falls_back_to_the_linear_probe():
     # labels at random: nothing can be learned
     data = samples([0, 1] * 12)
     lines = []
-    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="fixed")
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
     config = {"epochs": 2, "lr": 1e-2, "folds": 3}
     (record,) = vpt.fit(model, loader(model, data), config=config, log=lines.append)
     probe = vpt.attach(tiny.vit(), "linear_probe", num_classes=2)

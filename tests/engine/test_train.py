@@ -202,6 +202,7 @@ def records(folder):
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, settings):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
+    settings = [*settings, "train.folds=null"]
     process = subprocess.Popen(
         command(["vpt.cli"], settings, killed), env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )

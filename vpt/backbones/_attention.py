@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpt.backbones.base import Rows
+from vpt.backbones.base import Among, Rows
 
 
 def project(
@@ -41,7 +41,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Rows | None = None,
+    rows: Rows | Among | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -50,6 +50,16 @@ def attend(
     `bias` (1 or B, heads, N, N) is of the first N tokens among each other; any others, and `rows`,
     are prompts, which have no position and so no bias.
     """
+    if isinstance(rows, Among):
+        count = key.shape[2] - rows.count
+        (tokens, prompts), (key_of, key_of_prompts), (value_of, value_of_prompts) = (
+            part.tensor_split([count], 2) for part in (query, key, value)
+        )
+        seen = Rows(key_of_prompts, value_of_prompts, rows.gate)
+        x = attend(tokens, key_of, value_of, seen, bias, scale)
+        if not prompts.shape[2]:
+            return x
+        return torch.cat([x, attend(prompts, key, value, scale=scale)], 1)
     if rows is not None:
         extra = [part.to(key.dtype).expand(len(key), -1, -1, -1) for part in rows[:2]]
         if rows.gate is not None:

@@ -6,7 +6,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from vpt.backbones import _attention
-from vpt.backbones.base import Rows
+from vpt.backbones.base import Among, Rows
 
 
 def is_plain(block: nn.Module) -> bool:
@@ -29,7 +29,7 @@ def project(block: ResidualAttentionBlock, tokens: Tensor, parts: slice) -> tupl
 def attend(
     block: ResidualAttentionBlock,
     tokens: Tensor,
-    rows: Rows | None = None,
+    rows: Rows | Among | None = None,
     queries: int | None = None,
 ) -> Tensor:
     """The block on tokens (B, N, width) that also attend to `rows`; the first `queries` of them."""

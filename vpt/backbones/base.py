@@ -29,6 +29,16 @@ class Rows(NamedTuple):
     gate: Tensor | None = None
 
 
+class Among(NamedTuple):
+    """Prompts that are the last `count` tokens of a block, and see all of them.
+
+    What the tokens before them see of them is gated as in `Rows`.
+    """
+
+    count: int
+    gate: Tensor
+
+
 def share(model: nn.Module) -> nn.Module:
     """A copy of the module tree in eval mode whose frozen parameters are views of `model`'s.
 
@@ -115,14 +125,19 @@ class Backbone(nn.Module):
         return tokens
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """Tokens through block `index`.
 
         Args:
             index: of the block.
             tokens: (B, N, width).
-            rows: keys and values (see `rows`) that all tokens attend to beside the tokens' own.
+            rows: keys and values (see `rows`) that all tokens attend to beside the tokens' own, or
+                which tokens are gated prompts.
             queries: compute only the first so many tokens of the output; None: all.
         """
         raise NotImplementedError
@@ -158,8 +173,8 @@ class Backbone(nn.Module):
             layers: ascending.
             position: after the prefix tokens, or after the last patch. The output is the same,
                 since prompts carry no position embedding.
-            gates: a scalar for each of `layers`, see `Rows`. Such prompts are seen in their own
-                block only, and always as rows: a backbone that does not know them cannot have any.
+            gates: a scalar for each block from `layers[0]` on, see `Rows` and `Among`; only for a
+                backbone that knows rows.
         """
         return self.finish(self._run(images, prompts, layers, position, None, gates))
 
@@ -192,27 +207,30 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Tokens after the last block, without prompts; `maps` takes the feature maps."""
         fast = self.knows_rows and not self.exact_tokens
-        prepend = position == "prepend" and not fast and not self.appends_prompts
+        last_place = fast or self.appends_prompts or gates is not None
+        prepend = position == "prepend" and not last_place
         tokens, widths, num_prompts = self.embed(images), self.widths, 0
         for index in range(self.num_layers):
             last = index == self.num_layers - 1
-            rows = queries = None
+            rows = queries = gate = None
+            if gates is not None and index >= layers[0]:
+                gate = gates[index - layers[0]]
             if index in layers:
                 tokens, num_prompts = self._strip(tokens, num_prompts, prepend), 0
             tokens = self.enter(index, tokens, num_prompts)
             if index in layers:
-                place = layers.index(index)
-                prompt = prompts[place][..., : widths[index]]
-                gate = None if gates is None else gates[place]
+                prompt = prompts[layers.index(index)][..., : widths[index]]
                 if prompt.dim() == 5:  # folded
                     rows = Rows(*prompt, gate)
-                elif gate is not None or (fast and (last or index + 1 in layers)):
+                elif (fast or gate is not None) and (last or index + 1 in layers):
                     rows = self.rows(index, prompt)._replace(gate=gate)
                 else:
                     prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
                     start = self.num_prefix_tokens if prepend else tokens.shape[1]
                     tokens = torch.cat([tokens[:, :start], prompt, tokens[:, start:]], 1)
                     num_prompts = prompt.shape[1]
+            if num_prompts and gate is not None:
+                rows = Among(num_prompts, gate)
             if fast and last:
                 count, num_prompts = tokens.shape[1] - num_prompts, 0
                 queries = count if maps is not None else self.readout_tokens or count
@@ -245,7 +263,7 @@ class Backbone(nn.Module):
         last = self.num_layers - 1
         return [
             torch.stack(self.rows(index, prompt[..., : self.widths[index]])[:2])
-            if gated or (fast and (index == last or index + 1 in layers))
+            if (fast or gated) and (index == last or index + 1 in layers)
             else prompt
             for index, prompt in zip(layers, prompts, strict=True)
         ]

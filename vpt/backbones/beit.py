@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, project, query_key_value
-from vpt.backbones.base import Rows
+from vpt.backbones.base import Among, Rows
 
 
 class Adapter(vit.Adapter):
@@ -34,7 +34,11 @@ class Adapter(vit.Adapter):
         return tokens if model.pos_embed is None else tokens + model.pos_embed
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """The block's forward spelled out: timm's takes no tokens without a position."""
         block = self.model.blocks[index]

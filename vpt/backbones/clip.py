@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vpt.backbones._families import find_family
 from vpt.backbones._resblock import is_plain
-from vpt.backbones.base import Backbone, Rows
+from vpt.backbones.base import Among, Backbone, Rows
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
@@ -102,7 +102,11 @@ class Adapter(Backbone):
         return self.tower.enter(index, tokens, num_prompts)
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """One block of the image tower."""
         return self.tower.block(index, tokens, rows, queries)

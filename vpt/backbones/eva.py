@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, project, query_key_value
-from vpt.backbones.base import Rows
+from vpt.backbones.base import Among, Rows
 
 
 class Adapter(vit.Adapter):
@@ -41,7 +41,11 @@ class Adapter(vit.Adapter):
         return self.model.norm_pre(tokens)
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """The block itself, or, with rows or fewer queries, its forward spelled out."""
         block, rope = self.model.blocks[index], self._rope(index, tokens)

@@ -5,7 +5,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vpt.backbones._resblock import attend, is_plain, project
-from vpt.backbones.base import Backbone, Rows
+from vpt.backbones.base import Among, Backbone, Rows
 from vpt.data.transforms import Preprocess
 
 
@@ -39,7 +39,11 @@ class Adapter(Backbone):
         return self.model._embeds(images)
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """The block itself, or, with rows or fewer queries, its forward spelled out."""
         block = self.model.transformer.resblocks[index]

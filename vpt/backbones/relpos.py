@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, query_key_value
-from vpt.backbones.base import Rows
+from vpt.backbones.base import Among, Rows
 
 
 class Adapter(vit.Adapter):
@@ -37,7 +37,11 @@ class Adapter(vit.Adapter):
         return torch.cat([self.model.cls_token.expand(len(tokens), -1, -1), tokens], 1)
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """The block's forward spelled out: timm's takes no tokens without a position."""
         block = self.model.blocks[index]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpt.backbones._attention import attend, project
-from vpt.backbones.base import Backbone, Rows
+from vpt.backbones.base import Among, Backbone, Rows
 from vpt.backbones.vit import hub_config
 from vpt.data.transforms import Preprocess
 
@@ -76,7 +76,11 @@ class Adapter(Backbone):
         return torch.cat([patches, prompts], 1)
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """The block itself, or, with prompts, its forward spelled out."""
         block = self.blocks[index]
@@ -105,7 +109,7 @@ class Adapter(Backbone):
         tokens = tokens.unflatten(1, self.blocks[-1].input_resolution)
         return self.model.forward_head(self.model.norm(tokens))
 
-    def _attention(self, block: nn.Module, tokens: Tensor, rows: Rows | None) -> Tensor:
+    def _attention(self, block: nn.Module, tokens: Tensor, rows: Rows | Among | None) -> Tensor:
         """Attention of patches and prompts (B, N + P, width) in shifted windows."""
         (height, width), window = block.input_resolution, block.window_size
         patches, prompts = tokens[:, : height * width], tokens[:, height * width :]
@@ -117,7 +121,7 @@ class Adapter(Backbone):
         x = window_partition(x, window).flatten(1, 2)  # all windows of an image, then the next's
         batch, count = len(tokens), len(x) // len(tokens)
         x = torch.cat([x, prompts.repeat_interleave(count, 0)], 1)
-        if rows is not None and len(rows.key) > 1:
+        if isinstance(rows, Rows) and len(rows.key) > 1:
             parts = (part.repeat_interleave(count, 0) for part in rows[:2])
             rows = Rows(*parts, rows.gate)
 

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vpt.backbones._attention import attend, project, query_key_value
-from vpt.backbones.base import Backbone, Rows
+from vpt.backbones.base import Among, Backbone, Rows
 from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
 
@@ -59,7 +59,11 @@ class Adapter(Backbone):
         return self.model.norm_pre(self.model.patch_drop(tokens))
 
     def block(
-        self, index: int, tokens: Tensor, rows: Rows | None = None, queries: int | None = None
+        self,
+        index: int,
+        tokens: Tensor,
+        rows: Rows | Among | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """The block itself, or, with rows or fewer queries, its forward spelled out."""
         block = self.model.blocks[index]

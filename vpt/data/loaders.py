@@ -73,6 +73,20 @@ class ImageDataset(Dataset):
         return image
 
 
+class CrossFitted(Dataset):
+    """An `ImageDataset` whose samples say last which fold holds them out."""
+
+    def __init__(self, images: ImageDataset, folds: np.ndarray) -> None:
+        """`folds` (N,) counts from 0."""
+        self.images, self.folds = images, folds
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray, np.int64]:
+        return *self.images[position], self.folds[position % len(self)]
+
+
 class EpochSampler(Sampler[int]):
     """A new order each epoch, given by (seed, epoch); yields `epoch * length + index`."""
 
@@ -121,10 +135,10 @@ def make_loader(
 
 
 def _collate(
-    preprocess: Preprocess, batch: list[tuple[np.ndarray, np.ndarray]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*batch, strict=True))
-    return preprocess.normalize(images), labels
+    preprocess: Preprocess, batch: list[tuple[np.ndarray, ...]]
+) -> tuple[torch.Tensor, ...]:
+    images, *targets = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*batch, strict=True))
+    return preprocess.normalize(images), *targets
 
 
 def _seed(*parts: int) -> int:

@@ -85,6 +85,14 @@ def training_helps(
     return helps
 
 
+def assign_folds(samples: Samples, folds: int) -> np.ndarray:
+    """Which of `folds` holds out each image (N,), from 0; `folds` itself where none does."""
+    numbers = np.full(len(samples), folds)
+    for fold, (_, held) in enumerate(_folds(samples, folds)):
+        numbers[held] = fold
+    return numbers
+
+
 def _folds(samples: Samples, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Indices to learn from and to hold out."""
     labels, patients = samples.labels, samples.patients

@@ -117,22 +117,24 @@ class FrozenFeatures(Dataset):
 @torch.no_grad()
 def image_features(
     model: Method, loader: DataLoader, accelerator: Accelerator
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Features (N, feature_dim) in float32 and labels (N,) of all images of `loader`, on the CPU.
+
+    With whatever else a batch of `loader` has.
 
     Raises:
         InputError: a feature is not finite.
     """
     model.to(accelerator.device).eval()
-    pairs = []
-    for images, labels in accelerator.prepare(loader):
+    parts = []
+    for images, *targets in accelerator.prepare(loader):
         with accelerator.autocast():
             features = model.features(images)
-        pairs.append(accelerator.gather_for_metrics((features.float(), labels)))
-    features, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+        parts.append(accelerator.gather_for_metrics((features.float(), *targets)))
+    features, *targets = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     if not features.isfinite().all():
         raise InputError("the backbone's features are not finite: check its weights")
-    return features, labels
+    return features, *targets
 
 
 def _read(path: Path, key: str) -> Tensor | None:

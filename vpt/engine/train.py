@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ from torch.utils.data import DataLoader
 
 from vpt.artifact import write_atomically
 from vpt.config import EngineConfig, TrainConfig, validate
-from vpt.data.loaders import EpochSampler, ImageDataset
+from vpt.data.loaders import CrossFitted, EpochSampler, ImageDataset
 from vpt.engine.accelerator import make_accelerator
-from vpt.engine.crossval import training_helps
+from vpt.engine.crossval import assign_folds, training_helps
 from vpt.engine.evaluate import EVAL_BATCH, metrics, num_correct, predict
 from vpt.engine.features import FrozenFeatures, image_features
 from vpt.engine.losses import make_criterion
 from vpt.engine.progress import EpochBar, Log
 from vpt.errors import InputError
 from vpt.methods import Method
-from vpt.methods.base import Criterion, cross_entropy
+from vpt.methods.base import Batch, Criterion, cross_entropy
+from vpt.methods.linear_probe import FOLDS
 
 Record = dict[str, Any]
 
@@ -77,17 +79,22 @@ def fit(
             f"{accelerator.num_processes} processes: give a multiple"
         )
     check_loss(config.loss, model)
+    if config.min_steps:
+        epochs = max(config.epochs, math.ceil(config.min_steps / len(train)))
+        config = config.model_copy(update={"epochs": epochs})
     begin = time.perf_counter()
     ours = isinstance(train.sampler, EpochSampler)  # then all of the data set is training data
     if config.folds and not ours:
         raise InputError(f"train.folds={config.folds} needs a loader of vpt's own: drop it")
+    if model.cross_fitted and not ours:
+        raise InputError("method.head=crossfit needs a loader of vpt's own: give head=probe")
     plain = _in_order(train) if ours else train
     frozen = None
     if model.frozen_features and ours:
         views, folder = config.views, engine.feature_cache
         frozen = FrozenFeatures(model, train, accelerator, views, folder, log)
 
-    def features() -> tuple[Tensor, Tensor]:
+    def features() -> Batch:
         if frozen and train.dataset.deterministic:
             frozen.show(0)
             return frozen.features, frozen.labels
@@ -119,6 +126,9 @@ def fit(
         # those of the folds have reset the state that all accelerators share
         accelerator = make_accelerator(config.precision, engine.compile)
     model.criterion = _criterion(config.loss, plain, len(model.class_names))
+    if model.cross_fitted:
+        numbers = assign_folds(train.dataset.samples, FOLDS)
+        train, plain = _numbered(train, numbers), _numbered(plain, numbers)
     # the same batches, of features
     loader = DataLoader(frozen, train.batch_size, sampler=train.sampler) if frozen else train
     step = _Step(model, from_features=frozen is not None)
@@ -139,13 +149,13 @@ def fit(
             model.train()
             # summed on the device: nothing waits for the GPU inside an epoch
             sums, seen = torch.zeros(2, device=accelerator.device), 0  # loss, correct
-            for images, labels in batches:
-                loss, correct = step(images, labels)
+            for batch in batches:
+                loss, correct = step(*batch)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-                sums += torch.stack([loss.detach() * len(labels), correct])
-                seen += len(labels)
+                sums += torch.stack([loss.detach() * len(batch[0]), correct])
+                seen += len(batch[0])
             totals = torch.cat([sums, sums.new_tensor([seen])])
             loss, correct, count = accelerator.reduce(totals).tolist()
             if not math.isfinite(loss) or not all(p.isfinite().all() for p in parameters):
@@ -211,8 +221,8 @@ class _Step(nn.Module):
         self.model = model
         self.loss = model.feature_loss if from_features else model.loss
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, logits = self.loss(inputs, labels)
+    def forward(self, inputs: Tensor, labels: Tensor, *folds: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = self.loss(inputs, labels, *folds)
         return loss, num_correct(logits, labels)
 
 
@@ -223,6 +233,19 @@ def _in_order(train: DataLoader) -> DataLoader:
         EVAL_BATCH,
         num_workers=train.num_workers,
         collate_fn=train.collate_fn,
+    )
+
+
+def _numbered(loader: DataLoader, folds: np.ndarray) -> DataLoader:
+    """`loader` with the fold of each image as a third tensor."""
+    return DataLoader(
+        CrossFitted(loader.dataset, folds),
+        loader.batch_size,
+        sampler=loader.sampler,
+        num_workers=loader.num_workers,
+        persistent_workers=loader.persistent_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
     )
 
 

@@ -1,24 +1,40 @@
 """A linear head on features that also train: it starts from the linear probe."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from vpt.backbones.base import Backbone
 from vpt.config import Strict
 from vpt.methods.base import Batch, Head, Method
-from vpt.methods.linear_probe import solve_head
+from vpt.methods.linear_probe import ABSENT, FOLDS, solve_head
 
 
 class ProbedOptions(Strict):
     """Options of all methods with such a head."""
 
-    # probe: `fit` starts from the linear probe of the features before the first step; fixed: and
-    # leaves the head there; random: as most papers do
-    head: Literal["probe", "fixed", "random"] = "probe"
+    # probe: starts from the linear probe of the features before the first step; crossfit: is the
+    # linear probe, solved anew before each epoch, and each image's loss is by a probe that was
+    # solved without it; random: as most papers do
+    head: Literal["probe", "crossfit", "random"] = "probe"
 
 
 class ProbedMethod(Method):
-    """Trains something of the image tower, and `head`: Linear(feature_dim → C), unless fixed."""
+    """Trains something of the image tower, and `head`: Linear(feature_dim → C).
+
+    A probe fits the images that it was solved on, whatever their features, so there is little for
+    features to learn from it. With `head=crossfit` they learn from the errors on held-out images
+    instead (cross-fitting: Chernozhukov et al. 2018), and no step touches the head.
+
+    Attributes:
+        penalties: (C,), of the linear probe before the first step, kept for all later ones.
+        fold_weights: (FOLDS + 1, C, feature_dim), the heads solved without each fold, and last the
+            one of all images, for an image that no fold holds out; fold_biases (FOLDS + 1, C).
+    """
 
     Options = ProbedOptions
 
@@ -27,11 +43,46 @@ class ProbedMethod(Method):
     ) -> None:
         super().__init__(backbone, class_names, options)
         self.head = Head(backbone.feature_dim, len(class_names))
-        self.head.requires_grad_(options.head != "fixed")
+        self.cross_fitted = options.head == "crossfit"
+        if self.cross_fitted:
+            self.head.requires_grad_(False)
+            self.register_buffer("penalties", torch.ones(len(class_names)))
+            heads = torch.zeros(FOLDS + 1, *self.head.weight.shape)
+            self.register_buffer("fold_weights", heads, persistent=False)
+            self.register_buffer("fold_biases", heads[..., 0].clone(), persistent=False)
+
+    def loss(
+        self, images: Tensor, labels: Tensor, folds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Training loss, and logits (B, C): with `folds` (B,), by the heads solved without them."""
+        if folds is None:
+            return super().loss(images, labels)
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            weights = self.fold_weights.flatten(0, 1)
+            logits = F.linear(features.to(weights.dtype), weights, self.fold_biases.flatten())
+        logits = logits.unflatten(1, self.fold_biases.shape)
+        logits = logits[torch.arange(len(folds), device=folds.device), folds]
+        return self.criterion(logits, labels), logits
 
     def before_epoch(
         self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
     ) -> None:
-        """Before the first epoch, solve the head, unless the option `head` is random."""
-        if epoch == 0 and self.options.head != "random":
-            solve_head(self.head, *features())
+        """Solve the head, unless the option `head` says that steps train it, and those of folds."""
+        if self.options.head == "random" or (epoch and not self.cross_fitted):
+            return
+        seen, labels, *folds = features()
+        penalties = solve_head(self.head, seen, labels, self.penalties if epoch else None)
+        if self.cross_fitted:
+            self.penalties.copy_(penalties)
+        for held in folds:
+            self._solve_folds(seen, labels, held)
+
+    def _solve_folds(self, features: Tensor, labels: Tensor, folds: Tensor) -> None:
+        self.fold_weights[-1], self.fold_biases[-1] = self.head.weight, self.head.bias
+        for fold in folds[folds < FOLDS].unique():
+            head, rest = copy.deepcopy(self.head), folds != fold
+            solve_head(head, features[rest], labels[rest], self.penalties)
+            alone = head.bias.abs() == -ABSENT  # a class that only this fold has
+            head.weight[alone], head.bias[alone] = self.head.weight[alone], self.head.bias[alone]
+            self.fold_weights[fold], self.fold_biases[fold] = head.weight, head.bias

@@ -21,8 +21,8 @@ class TokenOptions(ProbedOptions):
     dropout: float = Field(0.0, ge=0, lt=1)  # on prompts, a mask for each sample
     project: PositiveInt | None = None  # train in this width, map linearly to the model's
     position: Position = "prepend"  # after the class token, or after the last patch
-    # True: each block of `layers` adds what its own prompts give times a gate that starts at 0, so
-    # that training starts from the bare backbone; False: one softmax, as published
+    # True: each block adds what prompts give times a gate that starts at 0, so that training starts
+    # from the bare backbone; False: one softmax, as published
     gated: bool = False
 
 
@@ -33,7 +33,7 @@ class TokenMethod(ProbedMethod):
         prompts: (len(layers), num_tokens, width), or (…, project) with `project`. Where the blocks
             differ in width (Swin), that of the widest; a narrower one uses the leading columns.
         projection: Linear(project → width), or None.
-        gates: (len(layers),), or None: see `vpt.backbones.base.Rows`.
+        gates: of each block from the first of `layers` on, or None: see `vpt.backbones.base.Rows`.
         head: Linear(feature_dim → C).
 
     Raises:
@@ -63,7 +63,7 @@ class TokenMethod(ProbedMethod):
                     f"method.gated=true: {backbone.family} has blocks of an unknown type: give "
                     "method.gated=false method.head=probe, or recipe=paper"
                 )
-            self.gates = nn.Parameter(torch.zeros(len(self.layers)))
+            self.gates = nn.Parameter(torch.zeros(backbone.num_layers - self.layers[0]))
 
     def prompted_layers(self) -> list[int]:
         """The blocks that get prompts of their own, ascending."""

@@ -12,7 +12,8 @@ from vpt.backbones.base import Backbone, share
 from vpt.config import Strict
 from vpt.errors import InputError
 
-Batch = tuple[Tensor, Tensor]  # images or features, and labels
+# images or features, labels, and of a cross-fitted method the folds that hold them out
+Batch = tuple[Tensor, ...]
 Criterion = Callable[[Tensor, Tensor], Tensor]  # of logits (B, C) and labels: a mean loss
 
 
@@ -37,6 +38,8 @@ class Method(nn.Module):
             it then has `solve(features, labels)`.
         frozen_features: True where nothing that trains changes an image's features, so that
             they need be computed only once.
+        cross_fitted: True where the loss of an image takes as a third argument, `folds` (B,), which
+            fold holds it out.
         is_folded: True for what `fold` returns: it cannot be trained or saved.
     """
 
@@ -44,6 +47,7 @@ class Method(nn.Module):
     name: ClassVar[str]
     solved: ClassVar[bool] = False
     frozen_features: ClassVar[bool] = False
+    cross_fitted = False
     is_folded = False
     multilabel = False
     criterion: Criterion = staticmethod(cross_entropy)
@@ -99,8 +103,9 @@ class Method(nn.Module):
         Args:
             epoch: counts from 0.
             epochs: how many there are.
-            batches: all training images without augmentation, (B, 3, H, W), and labels (B,).
-            features: computes their features (N, feature_dim) as of now, and labels (N,).
+            batches: all training images without augmentation, (B, 3, H, W), labels (B,), and the
+                folds (B,) of a cross-fitted method.
+            features: computes their features (N, feature_dim) as of now; labels (N,), folds (N,).
         """
 
     def tunable_parameters(self) -> dict[str, nn.Parameter]:

@@ -107,8 +107,8 @@ class Prompted(TokenMethod):
         tokens, segments = torch.zeros_like(self.mask[..., 0]), torch.zeros_like(self.mask)
         self.eval()
         self.mask.requires_grad_()
-        for images, labels in batches:
-            loss, _ = self.loss(images.to(self.mask.device), labels.to(self.mask.device))
+        for batch in batches:
+            loss, _ = self.loss(*(tensor.to(self.mask.device) for tensor in batch))
             (gradient,) = torch.autograd.grad(loss, self.mask)
             tokens += gradient.sum(-1).abs()
             segments += gradient.abs()

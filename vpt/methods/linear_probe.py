@@ -33,14 +33,27 @@ class Prompted(Method):
         solve_head(self.head, features, labels)
 
 
-def solve_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
+def solve_head(
+    head: nn.Linear, features: Tensor, labels: Tensor, penalties: Tensor | None = None
+) -> Tensor:
     """Set `head` to the logistic regression of features (N, dim) and labels (N,) or (N, C).
 
-    Labels (N, C) of 0 and 1 give each class a regression of its own. The penalty is the best of
-    PENALTIES by the log-loss of FOLDS folds. Features are standardised for the fit; the scaling is
-    folded into the weights. With one image of some class nothing can be held out, and C stays at 1.
+    Labels (N, C) of 0 and 1 give each class a regression of its own. Features are standardised for
+    the fit; the scaling is folded into the weights.
+
+    Args:
+        head: Linear(dim → C).
+        features: of the images.
+        labels: theirs.
+        penalties: as this function returned them for other features; None: the best of PENALTIES by
+            the log-loss of FOLDS folds, or 1 where some class has one image, so that nothing can be
+            held out.
+
+    Returns:
+        scikit-learn's C, the inverse strength, of each regression: (1,), or (C,) for labels (N, C).
     """
     labels = labels.cpu().numpy()
+    chosen = torch.ones(labels.shape[1:] or 1)
     scaler = StandardScaler().fit(features.double().cpu().numpy())
     scaled = scaler.transform(features.double().cpu().numpy())
     weight = np.zeros(head.weight.shape)
@@ -48,10 +61,12 @@ def solve_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
     if labels.ndim == 2:
         bias[labels.all(0)] = -ABSENT
         for index in np.flatnonzero(labels.any(0) & ~labels.all(0)):
-            probe = _regression(scaled, labels[:, index].astype(int))
+            given = None if penalties is None else penalties[index].item()
+            probe, chosen[index] = _regression(scaled, labels[:, index].astype(int), given)
             weight[index], bias[index] = probe.coef_[0], probe.intercept_[0]
     else:
-        probe = _regression(scaled, labels)
+        given = None if penalties is None else penalties[0].item()
+        probe, chosen[0] = _regression(scaled, labels, given)
         if len(probe.coef_) == 1:  # two classes: scikit-learn keeps one row, the log-odds
             signs = np.array([-0.5, 0.5])
             probe.coef_, probe.intercept_ = signs[:, None] * probe.coef_, signs * probe.intercept_
@@ -61,20 +76,23 @@ def solve_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
         head.bias.copy_(torch.from_numpy(bias))
+    return chosen
 
 
-def _regression(features: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+def _regression(
+    features: np.ndarray, labels: np.ndarray, penalty: float | None
+) -> tuple[LogisticRegression, float]:
     folds = min(FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
-    if folds > 1:
+    if penalty is None and folds > 1:
         splits = StratifiedKFold(folds, shuffle=True, random_state=0)
-        probe = LogisticRegressionCV(
+        cross_validated = LogisticRegressionCV(
             Cs=PENALTIES,
             l1_ratios=(0,),
             cv=splits,
             scoring="neg_log_loss",
             max_iter=1000,
             use_legacy_attributes=False,
-        )
-    else:
-        probe = LogisticRegression(max_iter=1000)
-    return probe.fit(features, labels)
+        ).fit(features, labels)
+        return cross_validated, cross_validated.C_
+    probe = LogisticRegression(C=penalty or 1.0, max_iter=1000).fit(features, labels)
+    return probe, probe.C

@@ -38,7 +38,7 @@ class Prompted(vpt_deep.Prompted):
     def _means(self, batches: Iterable[Batch]) -> Tensor:
         """Means over images of each of num_tokens stretches of patches, in reading order."""
         total, count = torch.zeros_like(self.prompts), 0
-        for images, _ in batches:
+        for images, *_ in batches:
             for mean, patches in zip(total, self._patches(images), strict=True):
                 stretches = F.adaptive_avg_pool1d(patches.mT, self.options.num_tokens)
                 mean += stretches.mT.sum(0)
@@ -48,7 +48,7 @@ class Prompted(vpt_deep.Prompted):
     def _centers(self, batches: Iterable[Batch]) -> Tensor:
         """Centres of num_tokens clusters of all patches."""
         clusters = [MiniBatchKMeans(self.options.num_tokens, random_state=0) for _ in self.layers]
-        for images, _ in batches:
+        for images, *_ in batches:
             for cluster, patches in zip(clusters, self._patches(images), strict=True):
                 if patches.shape[:2].numel() >= self.options.num_tokens:
                     cluster.partial_fit(patches.flatten(0, 1).cpu().numpy())

@@ -1,7 +1,4 @@
-"""VPT-shallow: tokens before the first block, which flow through all (Jia et al. 2022, eq. 4).
-
-Gated ones are seen in the first block only.
-"""
+"""VPT-shallow: tokens before the first block, which flow through all (Jia et al. 2022, eq. 4)."""
 
 from vpt.methods._tokens import TokenMethod
 

@@ -1,0 +1,167 @@
+"""Heads that have not seen the image whose loss they give."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import vpt
+from vpt.data.images import Samples
+from vpt.data.loaders import make_loader
+from vpt.errors import InputError
+from vpt.methods.linear_probe import FOLDS, solve_head
+
+LABELS = torch.arange(30) % 3
+
+
+def model(**options):
+    options = {"gated": True, "head": "crossfit", "num_tokens": 2, **options}
+    return vpt.attach(tiny.vit(), "vpt_deep", num_classes=3, **options)
+
+
+def features():
+    return torch.randn(30, 32, generator=torch.Generator().manual_seed(0))
+
+
+def samples(labels, patients=None):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+    return Samples(images, np.asarray(labels), [str(i) for i in range(len(labels))], patients)
+
+
+def loader(method, data, **options):
+    return make_loader(data, method.backbone.preprocess, 8, train=True, **options)
+
+
+def solved(method, rest):
+    head = nn.Linear(32, 3)
+    solve_head(head, features()[rest], LABELS[rest], method.penalties)
+    return head
+
+
+def prepare(method, folds, epoch=0):
+    method.before_epoch(epoch, 2, [], lambda: (features(), LABELS, folds))
+
+
+def test_each_fold_has_the_probe_of_the_other_folds():
+    method, folds = model(), torch.arange(30) // 3 % FOLDS
+    prepare(method, folds)
+    for fold in range(FOLDS):
+        expected = solved(method, folds != fold)
+        torch.testing.assert_close(method.fold_weights[fold], expected.weight.data)
+        torch.testing.assert_close(method.fold_biases[fold], expected.bias.data)
+    torch.testing.assert_close(method.fold_weights[FOLDS], method.head.weight)
+    expected = solved(method, torch.full((30,), True))
+    torch.testing.assert_close(method.head.weight.data, expected.weight.data)
+
+
+def test_the_loss_of_an_image_is_by_the_head_of_its_fold():
+    method, folds = model(), torch.arange(30) // 3 % (FOLDS + 1)
+    prepare(method, folds)
+    inputs, labels, held = tiny.images(3), torch.tensor([2, 0, 1]), torch.tensor([4, FOLDS, 1])
+    seen = method.features(inputs)
+    expected = torch.stack(
+        [
+            F.linear(x, method.fold_weights[fold], method.fold_biases[fold])
+            for x, fold in zip(seen, held, strict=True)
+        ]
+    )
+    loss, logits = method.loss(inputs, labels, held)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(loss, F.cross_entropy(expected, labels))
+    torch.testing.assert_close(method.loss(inputs, labels)[1], method(inputs))
+
+
+def test_the_penalty_is_chosen_before_the_first_epoch_only():
+    method, folds = model(), torch.arange(30) // 3 % FOLDS
+    prepare(method, folds)
+    method.penalties.fill_(1e-5)
+    prepare(method, folds, epoch=1)
+    assert method.penalties.unique().tolist() == pytest.approx([1e-5])
+    assert method.head.weight.abs().max() < 1e-2
+
+
+def test_a_class_that_only_one_fold_has_keeps_the_head_of_all_images():
+    method = model()
+    prepare(method, torch.where(LABELS == 2, 0, 1 + torch.arange(30) % 4))
+    torch.testing.assert_close(method.fold_weights[0, 2], method.head.weight[2])
+    assert method.fold_biases.abs().max() < 100
+
+
+def test_every_image_comes_with_its_own_fold(monkeypatch):
+    # the fold is part of the image's label here, so that the two can be compared
+    seen, data = [], samples(np.arange(24) % 2, [f"p{index // 2}" for index in range(24)])
+    method = vpt.attach(tiny.vit(), "vpt_deep", num_classes=2, gated=True, head="crossfit")
+    by_image = {}
+    real = method.loss
+
+    def spy(images, labels, folds):
+        for image, fold in zip(images, folds, strict=True):
+            seen.append((image.sum().item(), fold.item()))
+        return real(images, labels, folds)
+
+    method.loss = spy
+    images = loader(method, data, workers=1)
+    vpt.fit(method, images, config={"epochs": 2})
+    for key, fold in seen:
+        assert by_image.setdefault(key, fold) == fold
+    assert len(by_image) == 24
+    plain = [image.sum().item() for batch, _ in _in_order(method, data) for image in batch]
+    folds = [by_image[key] for key in plain]
+    assert folds[::2] == folds[1::2]  # a patient's images are in one fold
+    assert set(folds) == set(range(FOLDS))
+
+
+def _in_order(method, data):
+    return make_loader(data, method.backbone.preprocess, 8)
+
+
+def test_heads_are_solved_anew_before_each_epoch_and_no_step_moves_them():
+    method = model()
+    heads, real = [], method.before_epoch
+
+    def spy(*args):
+        heads.append(method.head.weight.clone())
+        real(*args)
+        heads.append(method.head.weight.clone())
+
+    method.before_epoch = spy
+    vpt.fit(method, loader(method, samples(LABELS.numpy())), config={"epochs": 2, "lr": 0.1})
+    assert "head.weight" not in method.tunable_parameters()
+    assert not torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[1], heads[2])
+    assert not torch.equal(heads[2], heads[3])
+    assert torch.equal(heads[3], method.head.weight)
+
+
+def test_multilabel():
+    labels = np.random.default_rng(0).integers(0, 2, (20, 3))
+    method = vpt.attach(
+        tiny.vit(), class_names=list("abc"), multilabel=True, gated=True, head="crossfit"
+    )
+    history = vpt.fit(method, loader(method, samples(labels)), config={"epochs": 2})
+    assert all(np.isfinite(record["loss"]) for record in history)
+    assert method.penalties.shape == (3,)
+    assert method.fold_weights.flatten(1).norm(dim=1).gt(0).all()
+
+
+def test_one_image_a_class():
+    method = model()
+    vpt.fit(method, loader(method, samples([0, 1, 2])), config={"epochs": 1})
+    assert method.fold_weights[:FOLDS].eq(0).all()  # nothing can be held out
+
+
+def test_ones_own_loader_is_refused():
+    method = model()
+    data = torch.utils.data.TensorDataset(tiny.images(3), torch.arange(3))
+    with pytest.raises(InputError, match=r"head=crossfit needs a loader of vpt's own"):
+        vpt.fit(method, torch.utils.data.DataLoader(data, 2), config={"epochs": 1})
+
+
+def test_few_images_have_more_epochs():
+    method = model()
+    images = loader(method, samples(LABELS.numpy()))  # 4 batches
+    assert len(vpt.fit(method, images, config={"epochs": 1, "min_steps": 10})) == 3
+    assert len(vpt.fit(method, images, config={"epochs": 2, "min_steps": 8})) == 2
