@@ -11,7 +11,14 @@ from tiny import vit, vpt_cli, write_folder, write_image
 
 import vpt
 
-TRAIN = ["train", "vpt_deep", "backbone.name=tiny_clip", "data.shots=2", "train.epochs=2"]
+TRAIN = [
+    "train",
+    "vpt_deep",
+    "backbone.name=tiny_clip",
+    "data.shots=2",
+    "train.epochs=2",
+    "train.min_steps=0",
+]
 NOTES = (
     "data: ",
     "backbone: ",

@@ -15,9 +15,10 @@ from vpt import catalog, methods, resources
 
 KEYS = {
     *("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "num_test"),
-    *("tunable_parameters", "trained", "train_seconds", "seed", "config_hash", "split_hash"),
+    *("tunable_parameters", "stored_parameters", "trained", "train_seconds", "seed"),
+    *("config_hash", "split_hash"),
 }
-FAST = ["backbone.name=tiny_clip", "train.epochs=2", "data.shots=2"]
+FAST = ["backbone.name=tiny_clip", "train.epochs=2", "train.min_steps=0", "data.shots=2"]
 
 
 @pytest.fixture

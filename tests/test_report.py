@@ -18,7 +18,8 @@ from vpt.report.tables import VTAB
 
 RESULT = {
     **{"balanced_accuracy": 0.5, "macro_f1": 0.5, "auroc": None, "ece": 0.1, "num_test": 100},
-    **{"tunable_parameters": 1290, "train_seconds": 2.5, "torch": "2.15", "device": "cpu"},
+    **{"tunable_parameters": 1290, "stored_parameters": 2580, "trained": True},
+    **{"train_seconds": 2.5, "torch": "2.15", "device": "cpu"},
     **{"split_hash": "s", "fingerprint": "f", "version": "0.1.0"},
 }
 
@@ -113,14 +114,16 @@ def test_means_and_deviations_over_seeds(tmp_path, write_run):
     assert "not a test of" in " ".join(page.text.split())
     details = next(row for row in page.rows if row[:4] == ["digits", "16", "tiny_clip", "vpt_deep"])
     assert details[4:6] == ["3", shown]
-    assert details[-4:] == ["100", "1,290", "2.00", "cpu"]
+    assert details[-5:] == ["100", "1,290", "2,580", "2.00", "cpu"]
 
 
 def test_a_page_of_real_runs_stands_by_itself(tmp_path, capfd, monkeypatch):
     images, runs = write_folder(tmp_path / "pets"), tmp_path / "runs"
-    fast = [f"data.root={images}", "backbone.name=tiny_clip", "train.epochs=2", "train.folds=null"]
-    for method, shots in (("linear_probe", 1), ("vpt_deep", 1), ("vpt_deep", 2)):
-        here = [f"data.shots={shots}", f"out={runs}/{method}{shots}"]
+    fast = [f"data.root={images}", "backbone.name=tiny_clip", "train.epochs=2", "train.min_steps=0"]
+    todo = [("linear_probe", 1), ("vpt_deep", 1), ("vpt_shallow", 1), ("vpt_deep", 2)]
+    for method, shots in todo:
+        folds = 3 if method == "vpt_shallow" else "null"  # one image a class: none to hold out
+        here = [f"data.shots={shots}", f"out={runs}/{method}{shots}", f"train.folds={folds}"]
         assert vpt_cli(capfd, monkeypatch, "train", method, *fast, *here)[0] == 0
     code, out, err = vpt_cli(capfd, monkeypatch, "report", runs)
     assert (code, err) == (0, "")
@@ -134,13 +137,62 @@ def test_a_page_of_real_runs_stands_by_itself(tmp_path, capfd, monkeypatch):
     assert [image["alt"] for image in page.images] == [
         "pets (folder): Test accuracy against the number of training images a class.",
         "pets (folder): Test accuracy against seconds to train (shots: 2).",
-        "pets (folder): Test accuracy against tunable parameters (shots: 2).",
+        "pets (folder): Test accuracy against stored parameters (shots: 2).",
         "pets (folder): Learning curves (shots: 1).",
         "pets (folder): Learning curves (shots: 2).",
     ]
+    with (path.parent / "report.csv").open(newline="") as file:
+        probe, ours, left, more = csv.DictReader(file)
+    assert [row["left_untrained"] for row in (probe, ours, left, more)] == ["0", "0", "1", "0"]
+    assert probe["tunable_parameters"] == probe["stored_parameters"]
+    head = int(ours["stored_parameters"]) - int(ours["tunable_parameters"])
+    assert head == int(probe["stored_parameters"])
+    assert more["stored_parameters"] == ours["stored_parameters"]
     before = path.read_bytes()
     assert vpt_cli(capfd, monkeypatch, "report", runs)[0] == 0
     assert path.read_bytes() == before
+
+
+def test_runs_that_cross_validation_left_as_they_start_are_marked(tmp_path, write_run):
+    folds = {"train": {"folds": 3}}
+    for seed, trained in enumerate([True, False, False], start=1):
+        write_run(0.8, seed=seed, trained=trained, config=folds)
+        write_run(0.7, seed=seed, method="lora", config=folds)
+        write_run(0.7, seed=seed, method="linear_probe", trained=False)  # solved
+    page, rows, tex = build(tmp_path)
+    assert [(row["method"], row["left_untrained"]) for row in rows] == [
+        ("linear_probe", "0"),
+        ("lora", "0"),
+        ("vpt_deep", "2"),
+    ]
+    assert ["vpt_deep", "80.0 ± 0.0 †2/3"] in page.rows
+    assert ["lora", "70.0 ± 0.0"] in page.rows
+    assert "80.0 ± 0.0 †2/3" in tex
+    for text in (page.text, tex):
+        assert text.count("†") == 2
+        assert "†n/m: cross-validation on the training images left n of m seeds" in text
+    header = next(row for row in page.rows if "left untrained" in row)
+    details = [row for row in page.rows if row[:3] == ["digits", "16", "tiny_clip"]]
+    assert [row[header.index("left untrained")] for row in details] == ["0", "0", "2"]
+
+
+def test_a_page_of_trained_runs_has_no_marks(tmp_path, write_run):
+    write_run(0.8, config={"train": {"folds": 3}})
+    page, _, tex = build(tmp_path)
+    assert "†" not in page.text + tex
+    assert "left untrained" not in page.text
+
+
+def test_runs_that_do_not_say_what_they_store_are_in_no_figure_of_it(tmp_path, write_run):
+    write_run(0.8, method="coop", stored_parameters=None)
+    page, _, _ = build(tmp_path)
+    assert not [image for image in page.images if "stored" in image["alt"]]
+    write_run(0.8)
+    page, rows, _ = build(tmp_path)
+    assert [image for image in page.images if "stored" in image["alt"]]
+    assert [row["stored_parameters"] for row in rows] == ["", "2580"]
+    details = [row for row in page.rows if row[:3] == ["digits", "16", "tiny_clip"]]
+    assert [row[-3] for row in details] == ["", "2,580"]
 
 
 @pytest.fixture

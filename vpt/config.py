@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -30,6 +31,7 @@ Augment = Literal["none", "crop", "crop_flip"]
 Parts = Literal["train-test", "train-val", "trainval-test"]
 Values = Annotated[list[Any], Field(min_length=1)]
 Window = Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain", "stroke"]
+Windows = Annotated[tuple[Window, ...], Field(min_length=3, max_length=3)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
 
@@ -71,7 +73,7 @@ class DataConfig(Strict):
     classes: list[Text] | None = None
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
-    windows: tuple[Window, Window, Window] | None = None  # of CT, as channels; None: the files' own
+    windows: Windows | None = None  # of CT, as channels; None: the files' own
     workers: NonNegativeInt = 0
     # test images that look like training images: said, refused, or not looked for;
     # None: refused where patients are known, else said
@@ -138,7 +140,7 @@ class EngineConfig(Strict):
     But for the masks of a dropout that is compiled.
     """
 
-    # True: prompts as tokens, the reference path; gated prompts have no such form
+    # True: prompts as tokens, the reference path
     exact_tokens: bool = False
     compile: bool = False  # the training step, by torch.compile
     checkpointing: bool = False  # blocks run again in the backward pass: slower, less memory
@@ -283,7 +285,10 @@ def validate(model: type[Model], values: Any, where: str) -> Model:
             raise InputError(f"{where}: unknown key {key!r}{hint}") from None
         if first["type"] == "missing":
             raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
-        raise InputError(f"{where}: {key}={first['input']!r}: {first['msg'].lower()}") from None
+        value, message = first["input"], first["msg"].lower()
+        if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
+            message = f"not a list: give {key}={_flow([value])}"
+        raise InputError(f"{where}: {key}={value!r}: {message}") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -334,6 +339,13 @@ def _merge(*nodes: Any) -> Any:
         return OmegaConf.merge(*nodes)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise InputError(str(error).splitlines()[0]) from None
+
+
+def _flow(value: Any) -> str:
+    """`value` as an override says it."""
+    return yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=math.inf
+    ).strip()
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -144,3 +144,17 @@ def test_unknown_blocks_are_refused():
     model.blocks[0].attn = nn.Module()
     with pytest.raises(InputError, match=r"method\.gated=true.* give method\.gated=false"):
         vpt.attach(model, num_classes=3, gated=True)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("layers", [None, [0], [1]])
+def test_the_token_form_gives_the_same(name, layers):
+    model, x = open_gates(attach(name, layers=layers)), images()
+    assert len(model.gates) == model.backbone.num_layers - model.layers[0]
+    expected = model.features(x)
+    model.backbone.exact_tokens = True
+    torch.testing.assert_close(model.features(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.fold()(x), model(x), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        model.gates[0] += 1  # of the first prompted block
+    assert (model.features(x) - expected).abs().max() > 1e-6

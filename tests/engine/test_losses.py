@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
-from vpt.engine.losses import BETA, make_criterion
+from vpt.engine.losses import BETA, log_class_weights, make_criterion
 from vpt.errors import InputError
 
 COUNTS = torch.tensor([900, 100])
@@ -17,15 +17,19 @@ LOGITS = torch.tensor([[2.0, 0.5], [0.3, 0.1], [-1.0, 1.0]])
 LABELS = torch.tensor([0, 1, 1])
 
 
+def criterion(name, counts):
+    return make_criterion(name, log_class_weights(name, counts))
+
+
 def test_logit_adjustment_by_hand():
-    loss = make_criterion("logit_adjusted", COUNTS)(LOGITS, LABELS)
+    loss = criterion("logit_adjusted", COUNTS)(LOGITS, LABELS)
     adjusted = LOGITS + torch.tensor([math.log(0.9), math.log(0.1)])
     expected = -torch.stack([adjusted.softmax(1)[i, y].log() for i, y in enumerate(LABELS)]).mean()
     assert loss.item() == pytest.approx(expected.item())
 
 
 def test_class_balance_by_hand():
-    loss = make_criterion("class_balanced", COUNTS)(LOGITS, LABELS)
+    loss = criterion("class_balanced", COUNTS)(LOGITS, LABELS)
     effective = [(1 - BETA**n) / (1 - BETA) for n in (900, 100)]
     weights = [2 / effective[y] / sum(1 / n for n in effective) for y in (0, 1)]
     losses = F.cross_entropy(LOGITS, LABELS, reduction="none")
@@ -36,13 +40,13 @@ def test_class_balance_by_hand():
 
 @pytest.mark.parametrize("name", ["logit_adjusted", "class_balanced"])
 def test_equal_classes_are_plain_cross_entropy(name):
-    loss = make_criterion(name, torch.tensor([50, 50]))(LOGITS, LABELS)
+    loss = criterion(name, torch.tensor([50, 50]))(LOGITS, LABELS)
     assert loss.item() == pytest.approx(F.cross_entropy(LOGITS, LABELS).item())
 
 
 @pytest.mark.parametrize("name", ["logit_adjusted", "class_balanced"])
 def test_a_class_without_images_breaks_nothing(name):
-    loss = make_criterion(name, torch.tensor([3, 0]))(LOGITS, torch.zeros(3, dtype=torch.long))
+    loss = criterion(name, torch.tensor([3, 0]))(LOGITS, torch.zeros(3, dtype=torch.long))
     assert loss.isfinite()
 
 
@@ -69,13 +73,31 @@ def test_the_rare_class_is_found_more_often():
 def test_a_later_fit_has_its_own_loss():
     data = DataLoader(TensorDataset(images(8), (torch.arange(8) < 2).long()), 8)
     model = vpt.attach(vit(), "vpt_deep", num_classes=2)
-    batch = next(iter(data))
+    logits, labels = torch.randn(2, 2), torch.tensor([0, 1])
     losses = []
     for loss in ("logit_adjusted", "cross_entropy"):
         vpt.fit(model, data, config={"epochs": 1, "loss": loss})
-        losses.append(model.loss(*batch)[0].item())
-    assert losses[1] == pytest.approx(F.cross_entropy(model(batch[0]), batch[1]).item())
+        losses.append(model.criterion(logits, labels).item())
+    assert losses[1] == pytest.approx(F.cross_entropy(logits, labels).item())
     assert losses[0] != pytest.approx(losses[1], abs=1e-3)
+    assert model.log_weights is None
+
+
+@pytest.mark.parametrize("loss", ["class_balanced", "logit_adjusted"])
+@pytest.mark.parametrize("head", ["probe", "crossfit"])
+def test_the_linear_probe_to_start_from_weighs_the_classes_as_the_loss_does(loss, head):
+    model = vpt.attach(vit(), "vpt_deep", num_classes=2, gated=True, head=head)
+    labels, folds = (torch.arange(40) < 4).long(), torch.arange(40) % 5
+    features = torch.randn(40, 32) + 2 * labels[:, None]
+    seen = (features, labels, folds) if head == "crossfit" else (features, labels)
+    biases = []
+    for model.log_weights in (None, log_class_weights(loss, labels.bincount())):
+        model.before_epoch(0, 1, [], lambda: seen)
+        biases.append([model.head.bias.clone(), getattr(model, "fold_biases", torch.zeros(2))])
+    shift = model.log_weights.float()
+    torch.testing.assert_close(biases[1][0] - biases[0][0], shift)
+    if head == "crossfit":
+        torch.testing.assert_close(biases[1][1] - biases[0][1], shift.expand(6, 2))
 
 
 def test_where_they_do_not_apply():

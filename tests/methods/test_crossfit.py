@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import vpt
 from vpt.data.images import Samples
 from vpt.data.loaders import make_loader
+from vpt.engine.accelerator import make_accelerator
+from vpt.engine.features import image_features
 from vpt.errors import InputError
 from vpt.methods.linear_probe import FOLDS, solve_head
 
@@ -128,12 +130,17 @@ def test_heads_are_solved_anew_before_each_epoch_and_no_step_moves_them():
         heads.append(method.head.weight.clone())
 
     method.before_epoch = spy
-    vpt.fit(method, loader(method, samples(LABELS.numpy())), config={"epochs": 2, "lr": 0.1})
+    data = samples(LABELS.numpy())
+    vpt.fit(method, loader(method, data), config={"epochs": 2, "lr": 0.1, "warmup_epochs": 0})
     assert "head.weight" not in method.tunable_parameters()
     assert not torch.equal(heads[0], heads[1])
     assert torch.equal(heads[1], heads[2])
     assert not torch.equal(heads[2], heads[3])
-    assert torch.equal(heads[3], method.head.weight)
+    assert not torch.equal(heads[3], method.head.weight)  # solved once more after the last step
+    seen, labels = image_features(method, _in_order(method, data), make_accelerator("fp32"))
+    expected = nn.Linear(32, 3)
+    solve_head(expected, seen, labels, method.penalties)
+    torch.testing.assert_close(method.head.weight.data, expected.weight.data)
 
 
 def test_multilabel():
@@ -150,13 +157,13 @@ def test_multilabel():
 def test_one_image_a_class():
     method = model()
     vpt.fit(method, loader(method, samples([0, 1, 2])), config={"epochs": 1})
-    assert method.fold_weights[:FOLDS].eq(0).all()  # nothing can be held out
+    assert torch.equal(method.fold_weights[0], method.fold_weights[FOLDS])  # nothing is held out
 
 
 def test_ones_own_loader_is_refused():
     method = model()
     data = torch.utils.data.TensorDataset(tiny.images(3), torch.arange(3))
-    with pytest.raises(InputError, match=r"head=crossfit needs a loader of vpt's own"):
+    with pytest.raises(InputError, match=r"head=crossfit needs make_loader"):
         vpt.fit(method, torch.utils.data.DataLoader(data, 2), config={"epochs": 1})
 
 
@@ -165,3 +172,52 @@ def test_few_images_have_more_epochs():
     images = loader(method, samples(LABELS.numpy()))  # 4 batches
     assert len(vpt.fit(method, images, config={"epochs": 1, "min_steps": 10})) == 3
     assert len(vpt.fit(method, images, config={"epochs": 2, "min_steps": 8})) == 2
+
+
+def test_few_images_have_as_much_more_warm_up():
+    method = model()
+    images = loader(method, samples(LABELS.numpy()))  # 4 batches
+    config = {"epochs": 2, "warmup_epochs": 1, "min_steps": 16, "lr": 1.0}
+    history = vpt.fit(method, images, config=config)
+    assert [record["lr"] for record in history] == [0.0, 0.5, 1.0, 0.5]
+
+
+def test_prompts_are_pruned_before_the_heads_are_solved():
+    method = vpt.attach(tiny.vit(), "kv_prompts", num_classes=3, head="crossfit", prune_tokens=0.5)
+    images = loader(method, samples(LABELS.numpy()))
+    vpt.fit(method, images, config={"epochs": 2, "warmup_epochs": 0})
+    assert not method.mask.all()
+    folds = torch.arange(30) // 3 % FOLDS
+
+    def seen():
+        with torch.no_grad():
+            return method.features(inputs), LABELS, folds
+
+    inputs = tiny.images(30)
+    method.mask.fill_(1)
+    method.before_epoch(1, 2, [(inputs, LABELS, folds)], seen)
+    expected = nn.Linear(32, 3)
+    solve_head(expected, *seen()[:2], method.penalties)
+    torch.testing.assert_close(method.head.weight.data, expected.weight.data)
+    assert not method.mask.all()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_images_of_one_class_are_refused(label):
+    method = vpt.attach(tiny.vit(), num_classes=2, head="crossfit")
+    images = loader(method, samples([label] * 6))
+    for folds in (None, 2):
+        with pytest.raises(InputError, match="all training images are of one class"):
+            vpt.fit(method, images, config={"epochs": 1, "folds": folds})
+
+
+def test_heads_are_solved_on_images_without_augmentation():
+    method = model()
+    images = loader(method, samples(LABELS.numpy()), augment="crop_flip")
+    vpt.fit(method, images, config={"epochs": 1})
+    seen, labels = image_features(
+        method, _in_order(method, images.dataset.samples), make_accelerator("fp32")
+    )
+    expected = nn.Linear(32, 3)
+    solve_head(expected, seen, labels, method.penalties)
+    torch.testing.assert_close(method.head.weight.data, expected.weight.data)

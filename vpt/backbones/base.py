@@ -222,7 +222,7 @@ class Backbone(nn.Module):
                 prompt = prompts[layers.index(index)][..., : widths[index]]
                 if prompt.dim() == 5:  # folded
                     rows = Rows(*prompt, gate)
-                elif (fast or gate is not None) and (last or index + 1 in layers):
+                elif fast and (last or index + 1 in layers):
                     rows = self.rows(index, prompt)._replace(gate=gate)
                 else:
                     prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
@@ -255,15 +255,13 @@ class Backbone(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def fold_prompts(
-        self, prompts: Tensor, layers: Sequence[int], gated: bool = False
-    ) -> list[Tensor]:
+    def fold_prompts(self, prompts: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """`prompts` for `forward`; where it would make rows of them, keys and values, stacked."""
         fast = self.knows_rows and not self.exact_tokens
         last = self.num_layers - 1
         return [
             torch.stack(self.rows(index, prompt[..., : self.widths[index]])[:2])
-            if (fast or gated) and (index == last or index + 1 in layers)
+            if fast and (index == last or index + 1 in layers)
             else prompt
             for index, prompt in zip(layers, prompts, strict=True)
         ]

@@ -102,7 +102,7 @@ def _folds(samples: Samples, folds: int) -> Iterator[tuple[np.ndarray, np.ndarra
     else:
         splitter = StratifiedGroupKFold if patients else StratifiedKFold
         pairs = set(zip(labels.tolist(), units, strict=True))
-        most = np.sort(np.bincount([label for label, _ in pairs]))[-2]
+        most = np.sort(np.bincount([label for label, _ in pairs]))[-2:][0]
     if min(folds, most) < 2:
         return
     split = splitter(min(folds, most), shuffle=True, random_state=0).split

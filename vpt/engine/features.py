@@ -133,7 +133,7 @@ def image_features(
         parts.append(accelerator.gather_for_metrics((features.float(), *targets)))
     features, *targets = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     if not features.isfinite().all():
-        raise InputError("the backbone's features are not finite: check its weights")
+        raise InputError("features are not finite: check the backbone's weights, or lower train.lr")
     return features, *targets
 
 

@@ -120,6 +120,8 @@ def run(
     )
     check_loss(config.train.loss, model)
     tunable = sum(p.numel() for p in model.tunable_parameters().values())
+    kept = model.artifact_tensors()
+    stored = sum(p.numel() for name, p in model.named_parameters() if name in kept)
     log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
 
     details = {
@@ -194,6 +196,7 @@ def run(
         **resampled_figures(logits, labels, source.class_names, split.test.patients, decision),
         **({"notice": NOTICE} if source.medical else {}),
         "tunable_parameters": tunable,
+        "stored_parameters": stored,  # of the artefact, whether a step trains them or not
         "trained": "loss" in history[-1],  # False: solved, or left as it starts
         "train_seconds": train_seconds,
         "method": model.name,

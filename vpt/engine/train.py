@@ -21,11 +21,11 @@ from vpt.engine.accelerator import make_accelerator
 from vpt.engine.crossval import assign_folds, training_helps
 from vpt.engine.evaluate import EVAL_BATCH, metrics, num_correct, predict
 from vpt.engine.features import FrozenFeatures, image_features
-from vpt.engine.losses import make_criterion
+from vpt.engine.losses import log_class_weights, make_criterion
 from vpt.engine.progress import EpochBar, Log
 from vpt.errors import InputError
 from vpt.methods import Method
-from vpt.methods.base import Batch, Criterion, cross_entropy
+from vpt.methods.base import Batch, cross_entropy
 from vpt.methods.linear_probe import FOLDS
 
 Record = dict[str, Any]
@@ -80,15 +80,17 @@ def fit(
         )
     check_loss(config.loss, model)
     if config.min_steps:
-        epochs = max(config.epochs, math.ceil(config.min_steps / len(train)))
-        config = config.model_copy(update={"epochs": epochs})
+        epochs = max(config.epochs, math.ceil(config.min_steps / max(len(train), 1)))
+        warmup = round(config.warmup_epochs * epochs / config.epochs)
+        config = config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
     begin = time.perf_counter()
     ours = isinstance(train.sampler, EpochSampler)  # then all of the data set is training data
     if config.folds and not ours:
         raise InputError(f"train.folds={config.folds} needs a loader of vpt's own: drop it")
     if model.cross_fitted and not ours:
-        raise InputError("method.head=crossfit needs a loader of vpt's own: give head=probe")
-    plain = _in_order(train) if ours else train
+        raise InputError("method.head=crossfit needs make_loader(…, train=True): give head=probe")
+    plain = shown = _in_order(train) if ours else train
+    _set_loss(model, config.loss, plain)
     frozen = None
     if model.frozen_features and ours:
         views, folder = config.views, engine.feature_cache
@@ -98,7 +100,7 @@ def fit(
         if frozen and train.dataset.deterministic:
             frozen.show(0)
             return frozen.features, frozen.labels
-        return image_features(model, plain, accelerator)
+        return image_features(model, shown, accelerator)
 
     if model.solved:
         seen, labels = features()
@@ -120,15 +122,17 @@ def fit(
         learn = partial(fit, model, config=once, engine=plainly)
         answer = partial(predict, model, precision=config.precision)
         balanced = config.loss != "cross_entropy"
-        if not training_helps(model, train, config.folds, balanced, start, learn, answer, log):
+        helps = training_helps(model, train, config.folds, balanced, start, learn, answer, log)
+        _set_loss(model, config.loss, plain)  # those of the folds are of their images
+        # and theirs have reset the state that all accelerators share
+        accelerator = make_accelerator(config.precision, engine.compile)
+        if not helps:
             model.before_epoch(0, config.epochs, plain, features)
             return [_record(*answer(plain), begin)]
-        # those of the folds have reset the state that all accelerators share
-        accelerator = make_accelerator(config.precision, engine.compile)
-    model.criterion = _criterion(config.loss, plain, len(model.class_names))
     if model.cross_fitted:
         numbers = assign_folds(train.dataset.samples, FOLDS)
         train, plain = _numbered(train, numbers), _numbered(plain, numbers)
+        shown = accelerator.prepare(plain)  # once, so that its workers keep what they have decoded
     # the same batches, of features
     loader = DataLoader(frozen, train.batch_size, sampler=train.sampler) if frozen else train
     step = _Step(model, from_features=frozen is not None)
@@ -175,6 +179,7 @@ def fit(
                 if checkpoint:
                     _write_checkpoint(checkpoint, model, optimizer, history)
             bar.update(history)
+    model.after_training(features)
     model.eval()
     return history
 
@@ -232,6 +237,7 @@ def _in_order(train: DataLoader) -> DataLoader:
         train.dataset.plain(),
         EVAL_BATCH,
         num_workers=train.num_workers,
+        persistent_workers=train.persistent_workers,
         collate_fn=train.collate_fn,
     )
 
@@ -263,15 +269,18 @@ def check_loss(name: str, model: Method) -> None:
         raise InputError(f"train.loss={name}: multilabel data has cross_entropy only: drop it")
 
 
-def _criterion(name: str, plain: DataLoader, num_classes: int) -> Criterion:
-    """The loss called `name`, for the training images as they are."""
+def _set_loss(model: Method, name: str, plain: DataLoader) -> None:
+    """Have `model` train by the loss called `name`, for the training images as they are."""
+    model.criterion, model.log_weights = cross_entropy, None
     if name == "cross_entropy":
-        return cross_entropy
+        return
     if isinstance(plain.dataset, ImageDataset):  # nothing need be decoded
         labels = torch.from_numpy(plain.dataset.samples.labels)
     else:
         labels = torch.cat([labels for _, labels in plain])
-    return make_criterion(name, torch.bincount(labels, minlength=num_classes))
+    counts = torch.bincount(labels, minlength=len(model.class_names))
+    model.log_weights = log_class_weights(name, counts)
+    model.criterion = make_criterion(name, model.log_weights)
 
 
 def _record(logits: Tensor, labels: Tensor, begin: float) -> Record:

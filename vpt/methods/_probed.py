@@ -32,8 +32,9 @@ class ProbedMethod(Method):
 
     Attributes:
         penalties: (C,), of the linear probe before the first step, kept for all later ones.
-        fold_weights: (FOLDS + 1, C, feature_dim), the heads solved without each fold, and last the
-            one of all images, for an image that no fold holds out; fold_biases (FOLDS + 1, C).
+        fold_weights: (FOLDS + 1, C, feature_dim) while training, the heads solved without each
+            fold, and last the one of all images, for an image that no fold holds out.
+        fold_biases: (FOLDS + 1, C).
     """
 
     Options = ProbedOptions
@@ -47,9 +48,8 @@ class ProbedMethod(Method):
         if self.cross_fitted:
             self.head.requires_grad_(False)
             self.register_buffer("penalties", torch.ones(len(class_names)))
-            heads = torch.zeros(FOLDS + 1, *self.head.weight.shape)
-            self.register_buffer("fold_weights", heads, persistent=False)
-            self.register_buffer("fold_biases", heads[..., 0].clone(), persistent=False)
+            self.register_buffer("fold_weights", torch.empty(0), persistent=False)
+            self.register_buffer("fold_biases", torch.empty(0), persistent=False)
 
     def loss(
         self, images: Tensor, labels: Tensor, folds: Tensor | None = None
@@ -72,17 +72,35 @@ class ProbedMethod(Method):
         if self.options.head == "random" or (epoch and not self.cross_fitted):
             return
         seen, labels, *folds = features()
-        penalties = solve_head(self.head, seen, labels, self.penalties if epoch else None)
+        penalties = self._solve(self.head, seen, labels, self.penalties if epoch else None)
         if self.cross_fitted:
             self.penalties.copy_(penalties)
-        for held in folds:
-            self._solve_folds(seen, labels, held)
+        if folds:
+            self._solve_folds(seen, labels, *folds)
+
+    def after_training(self, features: Callable[[], Batch]) -> None:
+        """Solve the head of what the last epoch made of the features."""
+        if self.cross_fitted:
+            seen, labels, *_ = features()
+            self._solve(self.head, seen, labels, self.penalties)
 
     def _solve_folds(self, features: Tensor, labels: Tensor, folds: Tensor) -> None:
-        self.fold_weights[-1], self.fold_biases[-1] = self.head.weight, self.head.bias
-        for fold in folds[folds < FOLDS].unique():
+        weights = [self.head.weight] * (FOLDS + 1)
+        biases = [self.head.bias] * (FOLDS + 1)
+        for fold in folds[folds < FOLDS].unique().tolist():
             head, rest = copy.deepcopy(self.head), folds != fold
-            solve_head(head, features[rest], labels[rest], self.penalties)
-            alone = head.bias.abs() == -ABSENT  # a class that only this fold has
-            head.weight[alone], head.bias[alone] = self.head.weight[alone], self.head.bias[alone]
-            self.fold_weights[fold], self.fold_biases[fold] = head.weight, head.bias
+            self._solve(head, features[rest], labels[rest], self.penalties)
+            alone = head.bias.abs() >= -ABSENT / 2  # of a class that only this fold has
+            weights[fold] = torch.where(alone[:, None], self.head.weight, head.weight)
+            biases[fold] = torch.where(alone, self.head.bias, head.bias)
+        self.fold_weights, self.fold_biases = torch.stack(weights), torch.stack(biases)
+
+    def _solve(
+        self, head: Head, features: Tensor, labels: Tensor, penalties: Tensor | None
+    ) -> Tensor:
+        """`solve_head`, with the classes weighted as the loss does."""
+        penalties = solve_head(head, features, labels, penalties)
+        if self.log_weights is not None:
+            with torch.no_grad():
+                head.bias.add_(self.log_weights.to(head.bias))
+        return penalties

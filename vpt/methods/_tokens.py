@@ -88,7 +88,7 @@ class TokenMethod(ProbedMethod):
 
     def folded_prompts(self) -> list[Tensor]:
         """What the backbone takes in place of the prompts, computed as far as no image matters."""
-        return self.backbone.fold_prompts(self.layer_prompts(), self.layers, self.gates is not None)
+        return self.backbone.fold_prompts(self.layer_prompts(), self.layers)
 
     def fold(self) -> Method:
         """The inference form: keys and values of the prompts computed once."""

@@ -34,6 +34,7 @@ class Method(nn.Module):
         multilabel: True where an image may have any number of the classes: labels are (B, C) of 0
             and 1, and each class has a sigmoid of its own.
         criterion: the loss of logits (B, C) and labels; `fit` sets it to the one it is told.
+        log_weights: (C,), how that loss weighs the classes; `fit` sets it. None: alike.
         solved: True where the method is solved in closed form from features, not by gradients;
             it then has `solve(features, labels)`.
         frozen_features: True where nothing that trains changes an image's features, so that
@@ -51,6 +52,7 @@ class Method(nn.Module):
     is_folded = False
     multilabel = False
     criterion: Criterion = staticmethod(cross_entropy)
+    log_weights: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__module__.rpartition(".")[2]
@@ -107,6 +109,9 @@ class Method(nn.Module):
                 folds (B,) of a cross-fitted method.
             features: computes their features (N, feature_dim) as of now; labels (N,), folds (N,).
         """
+
+    def after_training(self, features: Callable[[], Batch]) -> None:
+        """Called by `fit` after the last epoch, on every process alike; `features` as above."""
 
     def tunable_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that train, by name; everything else has `requires_grad` False."""

@@ -101,6 +101,7 @@ class Prompted(TokenMethod):
             raise InputError("kv_prompts prunes half-way: give train.epochs=2 or more")
         if epoch == epochs // 2:
             self.prune(batches)
+            super().before_epoch(epoch, epochs, batches, features)  # a probe of what is left
 
     def prune(self, batches: Iterable[Batch]) -> None:
         """Set `mask` by importance, |∂loss/∂mask| summed over batches, of tokens and segments."""

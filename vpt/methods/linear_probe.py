@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vpt.backbones.base import Backbone
 from vpt.config import Strict
+from vpt.errors import InputError
 from vpt.methods.base import Head, Method
 
 PENALTIES = np.logspace(-5, 2, 15)  # scikit-learn's C, the inverse strength
@@ -45,15 +46,21 @@ def solve_head(
         head: Linear(dim → C).
         features: of the images.
         labels: theirs.
-        penalties: as this function returned them for other features; None: the best of PENALTIES by
+        penalties: (C,), scikit-learn's C of each class's regression; None: the best of PENALTIES by
             the log-loss of FOLDS folds, or 1 where some class has one image, so that nothing can be
             held out.
 
     Returns:
-        scikit-learn's C, the inverse strength, of each regression: (1,), or (C,) for labels (N, C).
+        The penalties (C,) that were used; labels (N,) have one regression, and all are equal.
+
+    Raises:
+        InputError: labels (N,) of one class.
     """
     labels = labels.cpu().numpy()
-    chosen = torch.ones(labels.shape[1:] or 1)
+    if labels.ndim == 1 and len(np.unique(labels)) < 2:
+        raise InputError("all training images are of one class: give images of two or more")
+    given = [None] * len(head.weight) if penalties is None else penalties.tolist()
+    chosen = torch.ones(len(head.weight))
     scaler = StandardScaler().fit(features.double().cpu().numpy())
     scaled = scaler.transform(features.double().cpu().numpy())
     weight = np.zeros(head.weight.shape)
@@ -61,12 +68,11 @@ def solve_head(
     if labels.ndim == 2:
         bias[labels.all(0)] = -ABSENT
         for index in np.flatnonzero(labels.any(0) & ~labels.all(0)):
-            given = None if penalties is None else penalties[index].item()
-            probe, chosen[index] = _regression(scaled, labels[:, index].astype(int), given)
+            probe, chosen[index] = _regression(scaled, labels[:, index].astype(int), given[index])
             weight[index], bias[index] = probe.coef_[0], probe.intercept_[0]
     else:
-        given = None if penalties is None else penalties[0].item()
-        probe, chosen[0] = _regression(scaled, labels, given)
+        probe, penalty = _regression(scaled, labels, given[0])
+        chosen.fill_(penalty)
         if len(probe.coef_) == 1:  # two classes: scikit-learn keeps one row, the log-odds
             signs = np.array([-0.5, 0.5])
             probe.coef_, probe.intercept_ = signs[:, None] * probe.coef_, signs * probe.intercept_

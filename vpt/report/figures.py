@@ -27,7 +27,7 @@ STYLE = {
     "text.parse_math": False,  # no mathematics in names
 }
 # axis of cost → its words, and the decade below which it is linear, for there may be zeros
-COSTS = {"train_seconds": ("seconds to train", 0), "tunable_parameters": ("tunable parameters", 3)}
+COSTS = {"train_seconds": ("seconds to train", 0), "stored_parameters": ("stored parameters", 3)}
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ def _draw(cells: pd.DataFrame, curves: pd.DataFrame) -> Iterator[Drawing]:
         yield _finish(figure, "Test accuracy against the number of training images a class.")
     most = cells.shots.max()
     for key, (words, _) in COSTS.items():
+        known = cells[(cells.shots == most) & cells[key].notna()]
+        if known.empty:
+            continue
         figure = _figure()
-        _cost(figure.subplots(), cells[cells.shots == most], key)
+        _cost(figure.subplots(), known, key)
         yield _finish(figure, f"Test accuracy against {words} (shots: {shots_text(most)}).")
     for shots, part in curves.groupby("shots"):
         figure = _figure(height=4.4)

@@ -56,6 +56,8 @@ class Result(BaseModel):
     auprc_interval: Interval | None = None
     num_test: int
     tunable_parameters: int
+    stored_parameters: int | None = None
+    trained: bool = True
     train_seconds: float
     config_hash: str
     split_hash: str
@@ -102,7 +104,8 @@ def read_runs(found: Mapping[RunFolder, Settings], cards: Mapping[str, Card]) ->
     """One row a run: the fields of `Result`, its card's name and its folder.
 
     An interval is two columns, `NAME_low` and `NAME_high`; `duplicates` counts the test images that
-    look like a training image. `shots` is infinite where all training images were taken. `data`
+    look like a training image; `left_untrained` is True where cross-validation (`train.folds`) left
+    the method as it starts. `shots` is infinite where all training images were taken. `data`
     names the root too, where the card is none of a data set. Where runs of a cell differ in more
     than the seed, `method` says in what, so that they become cells of their own.
 
@@ -111,13 +114,19 @@ def read_runs(found: Mapping[RunFolder, Settings], cards: Mapping[str, Card]) ->
     """
     results = [_parse(Result, run.result.read_bytes(), run.result) for run in found]
     runs = pd.DataFrame([result.model_dump() for result in results])
-    runs = runs.astype({"shots": float} | dict.fromkeys(METRICS, float))
+    runs = runs.astype(
+        {"shots": float, "stored_parameters": "Int64"} | dict.fromkeys(METRICS, float)
+    )
     runs["shots"] = runs["shots"].fillna(math.inf)
     for name in INTERVALS:
         pairs = [pair or (math.nan, math.nan) for pair in runs.pop(f"{name}_interval")]
         runs[[f"{name}_low", f"{name}_high"]] = pairs
     runs["folder"] = list(found)
     runs["duplicates"] = [_count_lines(run.duplicates) for run in found]
+    runs["left_untrained"] = [
+        settings.get("train.folds", "None") != "None" and not trained
+        for settings, trained in zip(found.values(), runs.pop("trained"), strict=True)
+    ]
     runs["card"] = runs["data"]
     settings = pd.DataFrame(list(found.values()))
     generic = [name in cards and not cards[name].num_classes for name in runs.card]

@@ -15,6 +15,10 @@ from vpt.report.runs import CELL, INTERVALS, METRICS, shots_text
 VTAB = ["natural", "specialized", "structured"]  # groups of VTAB-1k
 Column = tuple[str, str]  # group of data sets; data set, or what the mean is over
 MEAN = "mean"
+UNTRAINED = (
+    "†n/m: cross-validation on the training images left n of m seeds untrained, as the method "
+    "starts, such as at the linear probe."
+)
 
 
 def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
@@ -30,9 +34,11 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
         card=("card", "first"),
         n=("seed", "size"),
         seeds=("seed", _each),
+        left_untrained=("left_untrained", "sum"),
         **figures,
         num_test=("num_test", _each),
         tunable_parameters=("tunable_parameters", "first"),
+        stored_parameters=("stored_parameters", "first"),
         train_seconds=("train_seconds", "mean"),
         device=("device", _each),
         version=("version", _each),
@@ -43,6 +49,8 @@ def cell_table(cells: pd.DataFrame) -> Styler:
     """Every cell with the figures that any has, those of METRICS in percent."""
     shown = {key: cells[key] for key in CELL} | {"shots": cells.shots.map(shots_text)}
     shown["seeds"] = cells.n
+    if cells.left_untrained.any():
+        shown["left untrained"] = cells.left_untrained
     for name, words in METRICS.items():
         parts = [f"{name}{part}" for part in ("", "_std", "_low", "_high")]
         figures = 100 * cells.reindex(columns=parts)  # not every figure has an interval
@@ -53,9 +61,12 @@ def cell_table(cells: pd.DataFrame) -> Styler:
             ]
     shown["test images"] = cells.num_test
     shown["tunable parameters"] = cells.tunable_parameters.map("{:,}".format)
+    # not every run says it
+    shown["stored parameters"] = cells.stored_parameters.map("{:,}".format, na_action="ignore")
     shown["seconds to train"] = cells.train_seconds.map("{:,.2f}".format)
     shown["device"] = cells.device
-    return pd.DataFrame(shown).style.format(escape="html").hide(axis="index").set_uuid("cells")
+    table = pd.DataFrame(shown).style.format(escape="html", na_rep="")
+    return table.hide(axis="index").set_uuid("cells")
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class AccuracyTable:
 
     text: pd.DataFrame
     best: pd.DataFrame  # where to print in bold
+    note: str  # on the marks, if there are any
     sources: list[str]  # of the published rows, by their numbers
 
     def to_html(self) -> str:
@@ -71,7 +83,7 @@ class AccuracyTable:
         return self._styled("html").to_html()
 
     def to_latex(self) -> str:
-        """A tabular environment, and a second one of the sources if there are any."""
+        """A tabular environment, the note, and a second tabular of the sources if there are any."""
         alignment = "l" * self.text.index.nlevels + "r" * self.text.shape[1]
         table = self._styled("latex").to_latex(
             column_format=alignment,
@@ -80,9 +92,12 @@ class AccuracyTable:
             multicol_align="c",
             multirow_align="t",
         )
-        numbers = range(1, len(self.sources) + 1)
-        sources = pd.DataFrame({"published": self.sources}, index=numbers).to_latex(escape=True)
-        return f"{table}\n{sources}" if self.sources else table
+        below = [f"{self.note}\n"] if self.note else []
+        if self.sources:
+            numbers = range(1, len(self.sources) + 1)
+            sources = pd.DataFrame({"published": self.sources}, index=numbers)
+            below.append(sources.to_latex(escape=True))
+        return "\n".join([table, *below])
 
     def _styled(self, escape: str) -> Styler:
         bold = self.best.replace({True: "font-weight: bold", False: ""})
@@ -114,17 +129,23 @@ def accuracy_table(
     best = best.reindex_like(text).eq(True)
     if not any(group for group, _ in numbers):
         text.columns = best.columns = text.columns.droplevel(0)
-    return AccuracyTable(text, best, sources)
+    note = UNTRAINED if cells.left_untrained.any() else ""
+    return AccuracyTable(text, best, note, sources)
 
 
 def _ours(cells: pd.DataFrame, cards: Mapping[str, Card]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means as numbers, NaN where one is missing, and as text."""
-    means = 100 * cells.pivot(index=CELL[1:], columns="data", values="accuracy")
-    spreads = 100 * cells.pivot(index=CELL[1:], columns="data", values="accuracy_std")
+    marked = [
+        _percent(100 * cell.accuracy, 100 * cell.accuracy_std)
+        + (f" †{cell.left_untrained}/{cell.n}" if cell.left_untrained else "")
+        for cell in cells.itertuples()
+    ]
+    own = cells.assign(text=marked).pivot(index=CELL[1:], columns="data")
+    means = 100 * own["accuracy"]
     numbers, text = {}, {}
     for column in sorted((_group(cards, name), name) for name in means):
         numbers[column] = means[column[1]]
-        text[column] = list(map(_percent, means[column[1]], spreads[column[1]]))
+        text[column] = own["text", column[1]]
     for column, parts in _averaged(means, cards).items():
         numbers[column] = parts.mean(axis="columns", skipna=False)
         counts = parts.count(axis="columns")
