@@ -103,6 +103,7 @@ def test_command(tmp_path, capfd, monkeypatch):
     rows = [f"{file},{file.parent.name},p{i}" for i, file in enumerate(files)]
     data.write_text("\n".join(["path,label,patient", *rows]))
     settings = ["backbone.name=tiny_clip", "train.epochs=1", "data.shots=2", f"out={run}"]
+    settings.append("train.min_steps=0")
     settings.append("data.duplicates=ignore")
     code, _, err = vpt_cli(capfd, monkeypatch, "train", "vpt_deep", f"data.root={data}", *settings)
     assert code == 0, err

@@ -36,8 +36,8 @@ def test_expected(name, tmp_path):
 @pytest.mark.skipif("VPT_REAL_DATA" not in os.environ, reason="VPT_REAL_DATA is not set")
 def test_real_weights_and_images(tmp_path):
     real = Path(os.environ["VPT_REAL_DATA"])
-    overrides = ["data.shots=4", "train.epochs=1", f"out={tmp_path}"]
+    overrides = ["data.shots=4", "train.epochs=1", "train.min_steps=0", f"out={tmp_path}"]
     overrides += [f"data.root={real / 'breastmnist.npz'}", f"backbone.checkpoint={real / VIT}"]
     result = run(load_run("vpt_shallow", overrides), log=lambda line: None)
     assert result["data"] == "breastmnist" and result["num_test"] == 156
-    assert result["tunable_parameters"] == 10 * 192 + 1  # prompts and a gate
+    assert result["tunable_parameters"] == 10 * 192 + 12  # prompts and gates

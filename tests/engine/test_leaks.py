@@ -56,7 +56,7 @@ def test_fit_starts_from_the_images_of_the_sampler_alone():
 
 def test_resuming_on_other_images_is_refused(tmp_path):
     write_folder(tmp_path / "images")
-    config = settings(tmp_path, "method.name=vpt_shallow", "train.epochs=1")
+    config = settings(tmp_path, "method.name=vpt_shallow", "train.epochs=1", "train.min_steps=0")
     run(config, log=quiet)
     (tmp_path / "run" / "result.json").unlink()  # as if it had been killed
     write_image(tmp_path / "images" / "cat" / "new.png")

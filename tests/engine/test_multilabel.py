@@ -148,7 +148,7 @@ def test_from_an_npz_file_to_predictions(tmp_path, capfd, monkeypatch, npz):
     cli = partial(vpt_cli, capfd, monkeypatch)
     out = tmp_path / "run"
     settings = ["backbone.name=tiny_clip", f"data.root={npz}", "data.shots=8", f"out={out}"]
-    settings += ["data.classes=[mass, nodule, hernia]", "train.epochs=2"]
+    settings += ["data.classes=[mass, nodule, hernia]", "train.epochs=2", "train.min_steps=0"]
     code, said, err = cli("train", "vpt_shallow", *settings, "decision.sensitivity.hernia=0.9")
     assert code == 0, err
     assert "3 classes, any number an image" in err
