@@ -47,7 +47,7 @@ def suite(tmp_path):
     path.write_text(
         f"backbone: {{name: tiny_clip}}\ndata: [folder]\nroot: {tmp_path}\n"
         "methods: [vpt_shallow]\nshots: [null]\n"
-        f"settings: {{vpt_shallow: {{train: {{epochs: {EPOCHS}, min_steps: 0}}}}}}\n"
+        f"settings: {{vpt_shallow: {{train: {{epochs: {EPOCHS}, min_steps: 0, folds: null}}}}}}\n"
     )
     return path
 
