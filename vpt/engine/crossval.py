@@ -18,7 +18,7 @@ from vpt.engine.progress import Log
 from vpt.methods import Method
 
 ENOUGH = 300  # held-out images to judge by; folds after that many are left out
-LEVEL = 0.2  # of the one-sided test that training helps
+LEVEL = 0.1  # of the one-sided test that training helps
 
 Predict = Callable[[DataLoader], tuple[Tensor, Tensor]]  # logits and labels
 
