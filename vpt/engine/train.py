@@ -167,6 +167,8 @@ def fit(
                     f"the loss is {loss / count:g}, or prompts are not finite, in epoch {epoch}: "
                     f"lower train.lr={config.lr:g}, or give train.precision=fp32"
                 )
+            if epoch == config.epochs - 1:
+                model.after_training(features)
             record = {"epoch": epoch, "lr": lr, "loss": loss / count, "accuracy": correct / count}
             if val is not None:
                 record["val_accuracy"] = metrics(*predict(model, val, config.precision))["accuracy"]
@@ -179,7 +181,6 @@ def fit(
                 if checkpoint:
                     _write_checkpoint(checkpoint, model, optimizer, history)
             bar.update(history)
-    model.after_training(features)
     model.eval()
     return history
 

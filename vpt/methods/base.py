@@ -111,7 +111,7 @@ class Method(nn.Module):
         """
 
     def after_training(self, features: Callable[[], Batch]) -> None:
-        """Called by `fit` after the last epoch, on every process alike; `features` as above."""
+        """Called by `fit` after the last step, on every process alike; `features` as above."""
 
     def tunable_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that train, by name; everything else has `requires_grad` False."""
