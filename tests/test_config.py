@@ -3,6 +3,7 @@
 import pytest
 from pydantic import BaseModel
 
+import vpt
 from vpt import methods, resources
 from vpt.config import RunConfig, load_run, read_yaml, to_yaml
 from vpt.errors import InputError
@@ -271,3 +272,15 @@ def test_a_saved_configuration_repeats_the_run(tmp_path):
     again = load_run(str(tmp_path / "config.yaml"))
     assert again == config
     assert again.hash == config.hash
+
+
+def test_the_recipe_of_the_paper():
+    options, config = vpt.recipe("vpt_deep", "paper")
+    assert options == {"num_tokens": 10, "dropout": 0.1, "head": "random"}
+    assert (config.optimizer, config.epochs, config.folds) == ("sgd", 100, None)
+    with pytest.raises(vpt.InputError, match="coop"):
+        vpt.recipe("coop", "paper")
+    with pytest.raises(vpt.InputError, match="give default or paper"):
+        vpt.recipe("vpt_deep", "papr")
+    with pytest.raises(vpt.InputError, match="vpt_deep"):
+        vpt.recipe("vpt_depe")

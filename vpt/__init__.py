@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vpt import backbones
     from vpt.artifact import load, save
-    from vpt.config import TrainConfig
+    from vpt.config import TrainConfig, recipe
     from vpt.engine.evaluate import evaluate
     from vpt.engine.train import fit
     from vpt.errors import InputError
     from vpt.methods import attach
 
-__all__ = ["InputError", "TrainConfig", "attach", "backbones", "evaluate", "fit", "load", "save"]
+__all__ = [
+    "InputError",
+    "TrainConfig",
+    "attach",
+    "backbones",
+    "evaluate",
+    "fit",
+    "load",
+    "recipe",
+    "save",
+]
 
 _HOMES = {
     "InputError": "vpt.errors",
@@ -24,6 +34,7 @@ _HOMES = {
     "evaluate": "vpt.engine.evaluate",
     "fit": "vpt.engine.train",
     "load": "vpt.artifact",
+    "recipe": "vpt.config",
     "save": "vpt.artifact",
 }
 

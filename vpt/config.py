@@ -30,6 +30,7 @@ Sampling = Literal["balanced", "natural"]
 Augment = Literal["none", "crop", "crop_flip"]
 Parts = Literal["train-test", "train-val", "trainval-test"]
 Values = Annotated[list[Any], Field(min_length=1)]
+Recipe = Literal["default", "paper"]
 Window = Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain", "stroke"]
 Windows = Annotated[tuple[Window, ...], Field(min_length=3, max_length=3)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
@@ -170,7 +171,7 @@ class RunConfig(Strict):
 
     backbone: BackboneConfig
     # where the method's own settings are from: configs/method, or configs/paper as it was published
-    recipe: Literal["default", "paper"] = "default"
+    recipe: Recipe = "default"
     data: DataConfig = DataConfig()
     method: MethodConfig
     train: TrainConfig = TrainConfig()
@@ -238,9 +239,29 @@ def compose(method: str, *settings: Any, where: str) -> RunConfig:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
     chosen = _merge({}, *settings)
-    folder = "configs/paper" if chosen.get("recipe") == "paper" else "configs/method"
-    recipe = read_yaml(resources.find(folder, method))
-    return validate(RunConfig, OmegaConf.to_container(_merge(recipe, chosen)), where)
+    settings = _merge(_recipe(method, chosen.get("recipe")), chosen)
+    return validate(RunConfig, OmegaConf.to_container(settings), where)
+
+
+def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:
+    """The settings that `vpt train METHOD` has, for `vpt.attach` and `vpt.fit`.
+
+    Returns:
+        Options of the method, and how it is trained.
+
+    Raises:
+        InputError: no such method, or no such recipe of it.
+    """
+    if recipe not in get_args(Recipe):
+        raise InputError(f"recipe={recipe!r}: give {' or '.join(get_args(Recipe))}")
+    file = OmegaConf.to_container(_recipe(method, recipe))
+    options = MethodConfig(**file["method"]).options
+    return options, validate(TrainConfig, file.get("train", {}), where=method)
+
+
+def _recipe(method: str, recipe: str) -> Any:
+    folder = "configs/paper" if recipe == "paper" else "configs/method"
+    return read_yaml(resources.find(folder, method))
 
 
 def load_suite(suite: str, overrides: Sequence[str] = ()) -> SuiteConfig:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 import vpt
 from vpt.config import EngineConfig
@@ -15,6 +16,7 @@ from vpt.data.loaders import make_loader
 from vpt.engine import crossval, train
 from vpt.engine.crossval import training_helps
 from vpt.engine.evaluate import predict
+from vpt.engine.training_set import TrainingSet
 from vpt.errors import InputError
 
 
@@ -32,7 +34,9 @@ def loader(model, data):
 def judge(model, data, learn, start=lambda images: None, balanced=False):
     lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
     steps = (start, learn, partial(predict, model))
-    helps = training_helps(model, loader(model, data), 3, balanced, *steps, lines.append)
+    helps = training_helps(
+        model, TrainingSet(loader(model, data)), 3, balanced, *steps, lines.append
+    )
     torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
     return helps, lines
 
@@ -148,8 +152,22 @@ def test_multilabel():
     assert "of 12 held-out" in " ".join(lines)
 
 
-def test_another_loader_is_refused():
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(tiny.images(4), [0, 1, 0, 1], strict=True)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        DataLoader(Stream(), 2),
+        DataLoader([(tiny.images(1)[0], 0)], batch_sampler=[[0]]),
+    ],
+)
+def test_a_loader_without_parts_is_refused(batches):
     model = vpt.attach(tiny.vit(), num_classes=2)
-    batches = torch.utils.data.DataLoader([(tiny.images(1)[0], 0)])
-    with pytest.raises(InputError, match=r"train\.folds=3"):
+    with pytest.raises(InputError, match=r"train\.folds=3 needs a DataLoader with a batch_size"):
         vpt.fit(model, batches, config={"folds": 3})
+    model = vpt.attach(tiny.vit(), num_classes=2, head="crossfit")
+    with pytest.raises(InputError, match=r"head=crossfit needs a DataLoader with a batch_size"):
+        vpt.fit(model, batches)

@@ -166,13 +166,6 @@ def test_one_image_a_class():
     assert torch.equal(method.fold_weights[0], method.fold_weights[FOLDS])  # nothing is held out
 
 
-def test_ones_own_loader_is_refused():
-    method = model()
-    data = torch.utils.data.TensorDataset(tiny.images(3), torch.arange(3))
-    with pytest.raises(InputError, match=r"head=crossfit needs make_loader"):
-        vpt.fit(method, torch.utils.data.DataLoader(data, 2), config={"epochs": 1})
-
-
 def test_few_images_have_more_epochs():
     method = model()
     images = loader(method, samples(LABELS.numpy()))  # 4 batches

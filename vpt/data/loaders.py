@@ -73,20 +73,6 @@ class ImageDataset(Dataset):
         return image
 
 
-class CrossFitted(Dataset):
-    """An `ImageDataset` whose samples say last which fold holds them out."""
-
-    def __init__(self, images: ImageDataset, folds: np.ndarray) -> None:
-        """`folds` (N,) counts from 0."""
-        self.images, self.folds = images, folds
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray, np.int64]:
-        return *self.images[position], self.folds[position % len(self)]
-
-
 class EpochSampler(Sampler[int]):
     """A new order each epoch, given by (seed, epoch); yields `epoch * length + index`."""
 

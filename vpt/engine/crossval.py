@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from vpt.data.images import Samples
-from vpt.data.loaders import make_loader
-from vpt.engine.evaluate import EVAL_BATCH, num_correct
+from vpt.engine.evaluate import num_correct
 from vpt.engine.progress import Log
+from vpt.engine.training_set import TrainingSet
 from vpt.methods import Method
 
 ENOUGH = 300  # held-out images to judge by; folds after that many are left out
@@ -25,7 +24,7 @@ Predict = Callable[[DataLoader], tuple[Tensor, Tensor]]  # logits and labels
 
 def training_helps(
     model: Method,
-    train: DataLoader,
+    images: TrainingSet,
     folds: int,
     balanced: bool,
     start: Callable[[DataLoader], None],
@@ -39,7 +38,7 @@ def training_helps(
 
     Args:
         model: to train.
-        train: from `make_loader`. All images of a patient are in one fold.
+        images: to train on. All images of a patient are in one fold.
         folds: how many, fewer where only one class has as many images; each is held out in turn
             until ENOUGH images were.
         balanced: all classes count alike, however many images they have.
@@ -49,14 +48,13 @@ def training_helps(
         log: takes the figures.
     """
     untrained = {name: tensor.clone() for name, tensor in model.artifact_tensors().items()}
-    samples: Samples = train.dataset.samples
+    patients = images.patients
     log("cross-validation: trains on parts of the training images first")
     gains, judged, correct = [], [], torch.zeros(2)
-    for seen, held in _folds(samples, folds):
+    for seen, held in _folds(images.labels, patients, folds):
         if sum(map(len, judged)) >= ENOUGH:
             break
-        learned = _loader(train, samples.take(seen), learn=True)
-        test = _loader(train, samples.take(held), learn=False)
+        learned, test = images.part(seen, learn=True), images.part(held, learn=False)
         start(learned)
         first, labels = predict(test)
         fit(learned)
@@ -68,36 +66,37 @@ def training_helps(
     if not gains:
         log("cross-validation: too few images a class, so nothing is trained")
         return False
-    gain, images = torch.cat(gains).double().numpy(), np.concatenate(judged)
+    gain, held = torch.cat(gains).double().numpy(), np.concatenate(judged)
     before, after = 100 * correct / len(gain)
     if balanced:
-        labels = samples.labels[images]
+        labels = images.labels[held]
         gain *= len(labels) / np.bincount(labels)[labels]
-    if samples.patients:  # images of one patient are not independent
-        _, patient = np.unique([samples.patients[i] for i in images], return_inverse=True)
+    if patients:  # images of one patient are not independent
+        _, patient = np.unique([patients[i] for i in held], return_inverse=True)
         gain = np.bincount(patient, gain) / np.bincount(patient)
     p = ttest_1samp(gain, 0, alternative="greater").pvalue if len(gain) > 1 and gain.any() else 1.0
     helps = bool(p < LEVEL)
     log(
-        f"cross-validation: of {len(images)} held-out training images {before:.1f} % right before "
+        f"cross-validation: of {len(held)} held-out training images {before:.1f} % right before "
         f"training, {after:.1f} % after, p = {p:.2f}: {'trained' if helps else 'left as it starts'}"
     )
     return helps
 
 
-def assign_folds(samples: Samples, folds: int) -> np.ndarray:
+def assign_folds(images: TrainingSet, folds: int) -> np.ndarray:
     """Which of `folds` holds out each image (N,), from 0; `folds` itself where none does."""
-    numbers = np.full(len(samples), folds)
-    for fold, (_, held) in enumerate(_folds(samples, folds)):
+    numbers = np.full(len(images.labels), folds)
+    for fold, (_, held) in enumerate(_folds(images.labels, images.patients, folds)):
         numbers[held] = fold
     return numbers
 
 
-def _folds(samples: Samples, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices to learn from and to hold out."""
-    labels, patients = samples.labels, samples.patients
-    units = patients or range(len(labels))
-    if samples.multilabel:
+def _folds(
+    labels: np.ndarray, patients: list[str] | None, folds: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions to learn from and to hold out."""
+    units, multilabel = patients or range(len(labels)), labels.ndim == 2
+    if multilabel:
         splitter, most = GroupKFold if patients else KFold, len(set(units))
     else:
         splitter = StratifiedGroupKFold if patients else StratifiedKFold
@@ -109,22 +108,8 @@ def _folds(samples: Samples, folds: int) -> Iterator[tuple[np.ndarray, np.ndarra
     with warnings.catch_warnings(action="ignore"):  # of classes that some folds lack
         parts = list(split(labels, labels, patients))
     for seen, held in parts:
-        if samples.multilabel or len(np.unique(labels[seen])) > 1:
+        if multilabel or len(np.unique(labels[seen])) > 1:
             yield seen, held
-
-
-def _loader(train: DataLoader, samples: Samples, learn: bool) -> DataLoader:
-    """The images of `train` that `samples` are, to learn from or to be tested on."""
-    dataset = train.dataset
-    return make_loader(
-        samples,
-        dataset.preprocess,
-        train.batch_size if learn else EVAL_BATCH,
-        train=learn,
-        augment=dataset.augmentation if learn else "none",
-        seed=dataset.seed,
-        workers=train.num_workers,
-    )
 
 
 def _brier(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -16,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from vpt.artifact import write_atomically
 from vpt.config import EngineConfig, TrainConfig, validate
-from vpt.data.loaders import CrossFitted, EpochSampler, ImageDataset
 from vpt.engine.accelerator import make_accelerator
 from vpt.engine.crossval import assign_folds, training_helps
-from vpt.engine.evaluate import EVAL_BATCH, metrics, num_correct, predict
+from vpt.engine.evaluate import metrics, num_correct, predict
 from vpt.engine.features import FrozenFeatures, image_features
 from vpt.engine.losses import log_class_weights, make_criterion
 from vpt.engine.progress import EpochBar, Log
+from vpt.engine.training_set import TrainingSet
 from vpt.errors import InputError
 from vpt.methods import Method
 from vpt.methods.base import Batch, cross_entropy
@@ -84,15 +83,15 @@ def fit(
         warmup = round(config.warmup_epochs * epochs / config.epochs)
         config = config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
     begin = time.perf_counter()
-    ours = isinstance(train.sampler, EpochSampler)  # then all of the data set is training data
-    if config.folds and not ours:
-        raise InputError(f"train.folds={config.folds} needs a loader of vpt's own: drop it")
-    if model.cross_fitted and not ours:
-        raise InputError("method.head=crossfit needs make_loader(…, train=True): give head=probe")
-    plain = shown = _in_order(train) if ours else train
-    _set_loss(model, config.loss, plain)
+    images = TrainingSet(train)
+    if config.folds:
+        images.check_parts(f"train.folds={config.folds}")
+    if model.cross_fitted:
+        images.check_parts("method.head=crossfit")
+    plain = shown = images.plain
+    _set_loss(model, config.loss, images)
     frozen = None
-    if model.frozen_features and ours:
+    if model.frozen_features and images.own:
         views, folder = config.views, engine.feature_cache
         frozen = FrozenFeatures(model, train, accelerator, views, folder, log)
 
@@ -114,24 +113,23 @@ def fit(
         once = config.model_copy(update={"folds": None})
         plainly = engine.model_copy(update={"compile": False})  # a fold is too short to pay for it
 
-        def start(images: DataLoader) -> None:
-            images = _in_order(images)
-            seen = partial(image_features, model, images, accelerator)
-            model.before_epoch(0, config.epochs, images, seen)
+        def start(part: DataLoader) -> None:
+            part = TrainingSet(part).plain
+            seen = partial(image_features, model, part, accelerator)
+            model.before_epoch(0, config.epochs, part, seen)
 
         learn = partial(fit, model, config=once, engine=plainly)
         answer = partial(predict, model, precision=config.precision)
         balanced = config.loss != "cross_entropy"
-        helps = training_helps(model, train, config.folds, balanced, start, learn, answer, log)
-        _set_loss(model, config.loss, plain)  # those of the folds are of their images
+        helps = training_helps(model, images, config.folds, balanced, start, learn, answer, log)
+        _set_loss(model, config.loss, images)  # those of the folds are of their images
         # and theirs have reset the state that all accelerators share
         accelerator = make_accelerator(config.precision, engine.compile)
         if not helps:
             model.before_epoch(0, config.epochs, plain, features)
             return [_record(*answer(plain), begin)]
     if model.cross_fitted:
-        numbers = assign_folds(train.dataset.samples, FOLDS)
-        train, plain = _numbered(train, numbers), _numbered(plain, numbers)
+        train, plain = images.numbered(assign_folds(images, FOLDS), other=FOLDS)
         shown = accelerator.prepare(plain)  # once, so that its workers keep what they have decoded
     # the same batches, of features
     loader = DataLoader(frozen, train.batch_size, sampler=train.sampler) if frozen else train
@@ -232,30 +230,6 @@ class _Step(nn.Module):
         return loss, num_correct(logits, labels)
 
 
-def _in_order(train: DataLoader) -> DataLoader:
-    """The images of `train` in their order, without augmentation."""
-    return DataLoader(
-        train.dataset.plain(),
-        EVAL_BATCH,
-        num_workers=train.num_workers,
-        persistent_workers=train.persistent_workers,
-        collate_fn=train.collate_fn,
-    )
-
-
-def _numbered(loader: DataLoader, folds: np.ndarray) -> DataLoader:
-    """`loader` with the fold of each image as a third tensor."""
-    return DataLoader(
-        CrossFitted(loader.dataset, folds),
-        loader.batch_size,
-        sampler=loader.sampler,
-        num_workers=loader.num_workers,
-        persistent_workers=loader.persistent_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-    )
-
-
 def check_loss(name: str, model: Method) -> None:
     """Refuses a loss that does not fit `model`.
 
@@ -270,16 +244,13 @@ def check_loss(name: str, model: Method) -> None:
         raise InputError(f"train.loss={name}: multilabel data has cross_entropy only: drop it")
 
 
-def _set_loss(model: Method, name: str, plain: DataLoader) -> None:
+def _set_loss(model: Method, name: str, images: TrainingSet) -> None:
     """Have `model` train by the loss called `name`, for the training images as they are."""
     model.criterion, model.log_weights = cross_entropy, None
     if name == "cross_entropy":
         return
-    if isinstance(plain.dataset, ImageDataset):  # nothing need be decoded
-        labels = torch.from_numpy(plain.dataset.samples.labels)
-    else:
-        labels = torch.cat([labels for _, labels in plain])
-    counts = torch.bincount(labels, minlength=len(model.class_names))
+    labels = [torch.from_numpy(images.labels)] if images.own else [y for _, y in images.loader]
+    counts = torch.bincount(torch.cat(labels), minlength=len(model.class_names))
     model.log_weights = log_class_weights(name, counts)
     model.criterion = make_criterion(name, model.log_weights)
 
