@@ -384,7 +384,6 @@ class TestPartOfTheBackbone:
         (vit, "lora", {"rank": 0}, "rank=0"),
         (vit, "gated_prompts", {"layers": [0]}, "'layers'"),
     ],
-    ids=str,
 )
 def test_bad_options_are_one_line(make, method, options, message):
     with pytest.raises(InputError, match=message) as caught:

@@ -399,7 +399,6 @@ def test_full_finetune_trains_a_copy_of_the_image_tower(kind):
         (vit, "base", {"num_classes": 2}, "'base'"),
         (clip, "coop", {"class_names": NAMES, "position": "begin"}, "position='begin'.*front"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_attached_is_one_line(make, method, arguments, message):
     with pytest.raises(InputError, match=message) as caught:
