@@ -50,7 +50,7 @@ def set_bias(model, label, size):
 def test_answers_on_held_out_images_decide(label, helps):
     model = vpt.attach(tiny.vit(), num_classes=2)
     data = samples([0] * 24 + [1] * 6)
-    actual, lines = judge(model, data, lambda images: set_bias(model, label, 20.0))
+    actual, lines = judge(model, data, lambda images: set_bias(model, label, 1.0))
     assert actual == helps
     assert "of 30 held-out training images" in lines[-1]
 
@@ -96,8 +96,10 @@ def test_a_rare_class_does_not_stop_the_others():
 def test_balanced_classes_count_alike():
     # 24 of a class improve a little, 6 of the other get much worse
     model = vpt.attach(tiny.vit(), num_classes=2)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
     data = samples([0] * 24 + [1] * 6)
-    helps = [judge(model, data, lambda _: set_bias(model, 0, 20.0), balanced=b)[0] for b in (0, 1)]
+    helps = [judge(model, data, lambda _: set_bias(model, 0, 1.0), balanced=b)[0] for b in (0, 1)]
     assert helps == [True, False]
 
 

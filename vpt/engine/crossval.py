@@ -34,7 +34,7 @@ def training_helps(
 ) -> bool:
     """Whether held-out images are answered better after training than before it.
 
-    Better: a lower Brier score, image by image, by a t-test at LEVEL. `model` is left as it was.
+    Better: a lower log loss, image by image, by a t-test at LEVEL. `model` is left as it was.
 
     Args:
         model: to train.
@@ -60,7 +60,7 @@ def training_helps(
         fit(learned)
         trained, _ = predict(test)
         model.load_state_dict(untrained, strict=False)
-        gains.append(_brier(first, labels) - _brier(trained, labels))
+        gains.append(_log_loss(first, labels) - _log_loss(trained, labels))
         judged.append(held)
         correct += torch.stack([num_correct(first, labels), num_correct(trained, labels)])
     if not gains:
@@ -112,9 +112,9 @@ def _folds(
             yield seen, held
 
 
-def _brier(logits: Tensor, labels: Tensor) -> Tensor:
-    """Squared error of the probabilities (N, C) of each image: (N,)."""
+def _log_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each image: (N,)."""
     if labels.dim() == 2:
-        return (logits.sigmoid() - labels).square().mean(1)
-    truth = F.one_hot(labels, logits.shape[1])
-    return (logits.softmax(1) - truth).square().sum(1)
+        truth = labels.to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+    return F.cross_entropy(logits, labels, reduction="none")
