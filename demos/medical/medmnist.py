@@ -44,8 +44,6 @@ def main() -> None:
                 f"data.root={arguments.data / name}.npz",
                 f"data.shots={shots}",
                 f"data.calibration={calibration}",
-                "train.epochs=8",
-                "train.warmup_epochs=1",
                 f"decision.sensitivity.{positive}=0.9",
             ],
         )

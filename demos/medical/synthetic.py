@@ -82,7 +82,6 @@ def main() -> None:
             "data.shots=12",
             "data.calibration=0.3",
             "data.duplicates=warn",
-            "train.epochs=30",
             "decision.sensitivity.tumour=0.9",
         ],
         note="SYNTHETIC: every image was drawn by a program; no patient exists.",

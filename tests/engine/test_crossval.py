@@ -50,7 +50,7 @@ def set_bias(model, label, size):
 def test_answers_on_held_out_images_decide(label, helps):
     model = vpt.attach(tiny.vit(), num_classes=2)
     data = samples([0] * 24 + [1] * 6)
-    actual, lines = judge(model, data, lambda images: set_bias(model, label, 1.0))
+    actual, lines = judge(model, data, lambda images: set_bias(model, label, 20.0))
     assert actual == helps
     assert "of 30 held-out training images" in lines[-1]
 

@@ -201,21 +201,30 @@ def resampled_figures(
     return figures
 
 
-def _temperature(logits: Tensor, labels: Tensor, log: Log) -> float:
-    if num_correct(logits, labels) == len(labels):  # the log-loss falls for ever as it nears 0
-        log(f"all {len(labels)} calibration images are right: the temperature stays at 1")
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """What to divide logits (N, C) by for the lowest log loss (Guo et al. 2017).
+
+    1 where all are right: the loss falls for ever as the temperature nears 0.
+    """
+    if num_correct(logits, labels) == len(labels):
         return 1.0
 
     def log_loss(log_temperature: float) -> float:
         return cross_entropy(logits.double() / math.exp(log_temperature), labels).item()
 
-    best = minimize_scalar(log_loss, bounds=(-10, 10), method="bounded").x
-    if best > 9:  # only the bound keeps it finite
+    return math.exp(minimize_scalar(log_loss, bounds=(-10, 10), method="bounded").x)
+
+
+def _temperature(logits: Tensor, labels: Tensor, log: Log) -> float:
+    temperature = best_temperature(logits, labels)
+    if num_correct(logits, labels) == len(labels):
+        log(f"all {len(labels)} calibration images are right: the temperature stays at 1")
+    if temperature > math.exp(9):  # only the bound keeps it finite
         log(
             "warning: on the calibration images the model is no better than guessing: the "
             "temperature makes all probabilities alike"
         )
-    return math.exp(best)
+    return temperature
 
 
 def _thresholds(
