@@ -246,6 +246,8 @@ def compose(method: str, *settings: Any, where: str) -> RunConfig:
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:
     """The settings that `vpt train METHOD` has, for `vpt.attach` and `vpt.fit`.
 
+    But for the batch size and the augmentation, which are your loader's.
+
     Returns:
         Options of the method, and how it is trained.
 
@@ -259,7 +261,7 @@ def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], Tra
     return options, validate(TrainConfig, file.get("train", {}), where=method)
 
 
-def _recipe(method: str, recipe: str) -> Any:
+def _recipe(method: str, recipe: Any) -> Any:
     folder = "configs/paper" if recipe == "paper" else "configs/method"
     return read_yaml(resources.find(folder, method))
 

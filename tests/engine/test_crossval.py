@@ -90,7 +90,7 @@ def test_a_rare_class_does_not_stop_the_others():
     model = vpt.attach(tiny.vit(), num_classes=3)
     data, lines = samples([0] * 12 + [1] * 11 + [2]), []
     vpt.fit(model, loader(model, data), config={"epochs": 1, "folds": 3}, log=lines.append)
-    assert "of 24 held-out" in lines[-1]
+    assert "of 23 held-out" in lines[-1]  # without the one that no fold can learn
 
 
 def test_balanced_classes_count_alike():
@@ -154,6 +154,62 @@ def test_multilabel():
     assert "of 12 held-out" in " ".join(lines)
 
 
+def answers(first, trained, labels):
+    """As `judge`, of these answers to images with these labels: before training, and after."""
+    model = vpt.attach(tiny.vit(), num_classes=first.shape[1])
+    data = samples(labels)
+    logits = {
+        name: row for name, row in zip(data.names, zip(first, trained, strict=True), strict=True)
+    }
+    state = {"after": 0}
+
+    def predict(test):
+        part = test.dataset.samples
+        chosen = [logits[name][state["after"]] for name in part.names]
+        state["after"] = 1 - state["after"]
+        return torch.stack(chosen), torch.from_numpy(part.labels)
+
+    images, nothing = TrainingSet(loader(model, data)), lambda _: None
+    return training_helps(model, images, 3, False, nothing, nothing, predict, nothing)
+
+
+def test_surer_is_not_better():
+    labels = torch.arange(60) % 3
+    first = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    first += 1.0 * F.one_hot(labels)
+    better = first + 0.5 * F.one_hot(labels)
+    assert not answers(first, 4 * first, labels.numpy())
+    assert not answers(4 * better, first, labels.numpy())
+    assert answers(first, 4 * better, labels.numpy())
+
+
+def test_a_class_that_no_fold_learned_does_not_make_surer_better():
+    labels = torch.cat([torch.arange(60) % 3, torch.tensor([3])])
+    first = torch.randn(61, 4, generator=torch.Generator().manual_seed(0))
+    first += 1.0 * F.one_hot(labels)
+    surer = 4 * first
+    first[:, 3] = surer[:, 3] = -1e4
+    assert not answers(first, surer, labels.numpy())
+    marks = F.one_hot(labels)[:, [0, 3]]  # multilabel, with one image of the second class
+    assert not answers(first[:, [0, 3]] - 0.5, surer[:, [0, 3]] - 2, marks.numpy())
+
+
+def test_all_right_is_not_worse_than_a_few_wrong():
+    labels = torch.arange(40) % 2
+    unsure = 0.2 * F.one_hot(labels)
+    wrong = 8.0 * F.one_hot(labels)
+    wrong[:2] = -wrong[:2]
+    assert not answers(unsure, wrong, labels.numpy())
+
+
+@pytest.mark.parametrize(("enough", "count"), [(10, 1), (11, 2), (30, 3)])
+def test_enough_images_are_held_out(monkeypatch, enough, count):
+    monkeypatch.setattr(crossval, "ENOUGH", enough)
+    model, seen = vpt.attach(tiny.vit(), num_classes=2), []
+    judge(model, samples([0, 1] * 15), seen.append)
+    assert len(seen) == count
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return zip(tiny.images(4), [0, 1, 0, 1], strict=True)
@@ -169,7 +225,14 @@ class Stream(IterableDataset):
 def test_a_loader_without_parts_is_refused(batches):
     model = vpt.attach(tiny.vit(), num_classes=2)
     with pytest.raises(InputError, match=r"train\.folds=3 needs a DataLoader with a batch_size"):
-        vpt.fit(model, batches, config={"folds": 3})
+        vpt.fit(model, batches, config=vpt.recipe("vpt_deep")[1])
     model = vpt.attach(tiny.vit(), num_classes=2, head="crossfit")
     with pytest.raises(InputError, match=r"head=crossfit needs a DataLoader with a batch_size"):
         vpt.fit(model, batches)
+
+
+def test_a_loader_without_batches_is_refused():
+    model = vpt.attach(tiny.vit(), num_classes=2)
+    batches = DataLoader([(tiny.images(1)[0], 0)], 2, drop_last=True)
+    with pytest.raises(InputError, match=r"train\.folds=3: the DataLoader has no batch"):
+        vpt.fit(model, batches, config={"folds": 3})

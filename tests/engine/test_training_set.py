@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, WeightedRandomSampler
 
 import vpt
 from vpt.data.images import Samples
@@ -29,7 +29,11 @@ def loaders():
         "subset": DataLoader(PAIRS, 6, sampler=SubsetRandomSampler(CHOSEN)),
         "collate": DataLoader(PAIRS[4:], 6, shuffle=True, collate_fn=collate),
         "workers": DataLoader(PAIRS[4:], 6, shuffle=True, num_workers=1),
+        "workers_kept": DataLoader(
+            PAIRS[4:], 6, shuffle=True, num_workers=1, persistent_workers=True
+        ),
         "weighted": DataLoader(PAIRS, 6, sampler=WeightedRandomSampler(weights, 500)),
+        "last": DataLoader(PAIRS[4:], 16, shuffle=True, drop_last=True),
     }
 
 
@@ -66,6 +70,85 @@ def test_images_that_are_never_seen_have_the_other_number():
     images = TrainingSet(DataLoader(PAIRS, 6, sampler=SubsetRandomSampler(CHOSEN)))
     numbered, _ = images.numbered(np.arange(20), other=99)
     assert [numbered.dataset[index][1] for index in (0, 3, 4, 23)] == [99, 99, 0, 19]
+
+
+def test_images_first_drawn_later_are_by_a_head_that_has_not_seen_them():
+    loader = DataLoader(PAIRS, 6, sampler=WeightedRandomSampler([1.0] * 24, 12))
+    images = TrainingSet(loader)
+    numbered, plain = images.numbered(np.zeros(len(images.labels), int), other=99)
+    solved = {key for batch, *_ in plain for key in keys(batch)}
+    for _ in range(5):
+        for batch, _, numbers in numbered:
+            assert [key in solved for key in keys(batch)] == (numbers == 0).tolist()
+
+
+def test_the_result_is_the_same_whatever_was_drawn_before():
+    results = []
+    for state in (1, 2):
+        model = vpt.attach(
+            tiny.vit(), "vpt_deep", num_classes=3, num_tokens=2, gated=True, head="crossfit"
+        )
+        torch.manual_seed(state)
+        some = DataLoader(PAIRS, 6, sampler=WeightedRandomSampler([1.0] * 24, 12))
+        vpt.fit(model, some, config={"epochs": 2, "folds": 2})
+        results.append(model.head.weight)
+    assert torch.equal(*results)
+
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return IMAGES[index] + 0.1 * torch.randn(3, 32, 32), LABELS[index]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    class Stop(Exception):
+        pass
+
+    config = {"epochs": 2, "lr": 0.1, "warmup_epochs": 0}
+    results, checkpoint = [], tmp_path / "checkpoint"
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = vpt.attach(
+            tiny.vit(), "vpt_deep", num_classes=3, num_tokens=2, gated=True, head="crossfit"
+        )
+        loader = DataLoader(Noisy(), 6, shuffle=True)
+        if interrupted:
+            path = {"checkpoint": checkpoint}
+
+            def write_then_stop(history):
+                if len(history) == 2:
+                    raise Stop
+
+            with pytest.raises(Stop):
+                vpt.fit(model, loader, config=config, on_epoch=write_then_stop, **path)
+            assert checkpoint.is_file()
+            vpt.fit(model, loader, config=config, **path)
+        else:
+            vpt.fit(model, loader, config=config)
+        results.append(model.prompts.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_patients_of_a_loader_that_does_not_shuffle_stay_together():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    patients = [f"p{index // 2}" for index in range(12)]
+    samples = Samples(pixels, np.arange(12) // 2 % 2, [str(i) for i in range(12)], patients)
+    preprocess = vpt.attach(tiny.vit(), num_classes=2).backbone.preprocess
+    folds = assign_folds(TrainingSet(make_loader(samples, preprocess, 4)), 3)
+    assert folds[::2].tolist() == folds[1::2].tolist()
+
+
+@pytest.mark.parametrize("head", ["crossfit", "probe"])
+def test_a_collate_that_drops_images_is_refused(head):
+    def some(pairs):
+        return collate(pairs[1:])
+
+    model = vpt.attach(tiny.vit(), "vpt_deep", num_classes=3, head=head)
+    with pytest.raises(vpt.InputError, match="collate_fn makes 19 labels of 20 samples"):
+        vpt.fit(model, DataLoader(PAIRS[4:], 6, collate_fn=some), config={"epochs": 1, "folds": 2})
 
 
 def test_own_loaders_give_images_in_order_without_decoding_for_labels(monkeypatch):

@@ -121,10 +121,10 @@ def make_loader(
 
 
 def _collate(
-    preprocess: Preprocess, batch: list[tuple[np.ndarray, ...]]
-) -> tuple[torch.Tensor, ...]:
-    images, *targets = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*batch, strict=True))
-    return preprocess.normalize(images), *targets
+    preprocess: Preprocess, batch: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*batch, strict=True))
+    return preprocess.normalize(images), labels
 
 
 def _seed(*parts: int) -> int:

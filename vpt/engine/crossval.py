@@ -51,20 +51,28 @@ def training_helps(
         log: takes the figures.
     """
     untrained = {name: tensor.clone() for name, tensor in model.artifact_tensors().items()}
-    patients = images.patients
+    labels, patients = images.labels, images.patients
+    multilabel = labels.ndim == 2
     log("cross-validation: trains on parts of the training images first")
     judged, answers = [], []
-    for seen, held in _folds(images.labels, patients, folds):
+    for seen, held in _folds(labels, patients, folds):
         if sum(map(len, judged)) >= ENOUGH:
             break
+        # an answer that was never learned, of endless loss, is nothing to judge by
+        if multilabel:
+            unlearned = torch.from_numpy(labels[seen].min(0) == labels[seen].max(0))
+        else:
+            held = held[np.isin(labels[held], labels[seen])]
+            unlearned = []
         learned, test = images.part(seen, learn=True), images.part(held, learn=False)
         start(learned)
-        first, labels = predict(test)
+        first, truth = predict(test)
         fit(learned)
         trained, _ = predict(test)
+        first[:, unlearned] = trained[:, unlearned] = 0
         model.load_state_dict(untrained, strict=False)
         judged.append(held)
-        answers.append((first, trained, labels))
+        answers.append((first, trained, truth))
     if not judged:
         log("cross-validation: too few images a class, so nothing is trained")
         return False
@@ -73,8 +81,7 @@ def training_helps(
     gain = (_log_loss(first, truth) - _log_loss(trained, truth)).numpy()
     before, after = (100 * num_correct(logits, truth) / len(held) for logits in (first, trained))
     if balanced:
-        labels = images.labels[held]
-        gain *= len(labels) / np.bincount(labels)[labels]
+        gain *= len(held) / np.bincount(labels[held])[labels[held]]
     if patients:  # images of one patient are not independent
         _, patient = np.unique([patients[i] for i in held], return_inverse=True)
         gain = np.bincount(patient, gain) / np.bincount(patient)

@@ -204,10 +204,8 @@ def resampled_figures(
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
     """What to divide logits (N, C) by for the lowest log loss (Guo et al. 2017).
 
-    1 where all are right: the loss falls for ever as the temperature nears 0.
+    Between e^-10, where all are right, and e^10, where all are guessed.
     """
-    if num_correct(logits, labels) == len(labels):
-        return 1.0
 
     def log_loss(log_temperature: float) -> float:
         return cross_entropy(logits.double() / math.exp(log_temperature), labels).item()
@@ -216,9 +214,10 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _temperature(logits: Tensor, labels: Tensor, log: Log) -> float:
-    temperature = best_temperature(logits, labels)
-    if num_correct(logits, labels) == len(labels):
+    if num_correct(logits, labels) == len(labels):  # the log loss falls for ever as it nears 0
         log(f"all {len(labels)} calibration images are right: the temperature stays at 1")
+        return 1.0
+    temperature = best_temperature(logits, labels)
     if temperature > math.exp(9):  # only the bound keeps it finite
         log(
             "warning: on the calibration images the model is no better than guessing: the "

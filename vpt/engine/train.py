@@ -62,7 +62,8 @@ def fit(
         One record an epoch: epoch, lr, loss, accuracy, seconds, and val_accuracy where `val` is.
 
     Raises:
-        InputError: no DataLoader; the loss is not finite; the checkpoint does not belong to this
+        InputError: no DataLoader; `folds` or cross-fitted heads with one that cannot be taken into
+            parts; the loss is not finite; the checkpoint does not belong to this
             model; a setting that TrainConfig does not have; a `loss` that does not fit the method
             or the labels.
     """
@@ -78,17 +79,19 @@ def fit(
             f"{accelerator.num_processes} processes: give a multiple"
         )
     check_loss(config.loss, model)
-    if config.min_steps:
-        epochs = max(config.epochs, math.ceil(config.min_steps / max(len(train), 1)))
-        warmup = round(config.warmup_epochs * epochs / config.epochs)
-        config = config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
-    begin = time.perf_counter()
     images = TrainingSet(train)
     if config.folds:
         images.check_parts(f"train.folds={config.folds}")
     if model.cross_fitted:
         images.check_parts("method.head=crossfit")
-    plain = shown = images.plain
+    if config.min_steps:
+        epochs = max(config.epochs, math.ceil(config.min_steps / max(len(train), 1)))
+        warmup = round(config.warmup_epochs * epochs / config.epochs)
+        config = config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
+    begin = time.perf_counter()
+    set_seed(config.seed)
+    in_order = images.own or config.folds or model.cross_fitted
+    plain = shown = images.plain if in_order else train
     _set_loss(model, config.loss, images)
     frozen = None
     if model.frozen_features and images.own:
@@ -140,10 +143,10 @@ def fit(
     with EpochBar(config.epochs, show=progress and accelerator.is_main_process) as bar:
         bar.update(history)
         for epoch in range(len(history), config.epochs):
+            set_seed(config.seed + epoch, device_specific=True)
             model.before_epoch(epoch, config.epochs, plain, features)
             if frozen:
                 frozen.show(epoch)
-            set_seed(config.seed + epoch, device_specific=True)
             batches.set_epoch(epoch)  # not the sampler's own: accelerate counts from 0 on resuming
             lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:

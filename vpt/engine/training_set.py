@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from vpt.data.loaders import EpochSampler, make_loader
+from vpt.data.loaders import EpochSampler, ImageDataset, make_loader
 from vpt.engine.evaluate import EVAL_BATCH
 from vpt.errors import InputError
 
-Collate = Callable[[list[Any]], tuple[Any, ...]]
+Collate = Callable[[list[Any]], tuple[Tensor, Tensor]]
 
 
 class TrainingSet:
@@ -20,8 +22,7 @@ class TrainingSet:
 
     Attributes:
         loader: from `make_loader`, or any other.
-        own: `make_loader(…, train=True)` made it. Then nothing need be decoded for labels, patients
-            stay together, and heads are solved on images without augmentation.
+        own: `make_loader(…, train=True)` made it: all of its data set is trained on.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -32,46 +33,58 @@ class TrainingSet:
         """Refuses a loader that cannot be taken apart, as `setting` wants.
 
         Raises:
-            InputError: its data set has no index, or it has batches of its own.
+            InputError: its data set has no index, it has batches of its own, or none.
         """
         if isinstance(self.loader.dataset, IterableDataset) or self.loader.batch_size is None:
             raise InputError(
-                f"{setting} needs a DataLoader with a batch_size, of a data set with an index"
+                f"{setting} needs a DataLoader with a batch_size, of a data set with an index, as "
+                "yet unprepared by accelerate: give such a one, or drop the setting"
             )
+        if not len(self.loader):
+            raise InputError(f"{setting}: the DataLoader has no batch: give drop_last=False")
 
     @cached_property
     def plain(self) -> DataLoader:
-        """The images in their order, without augmentation; of another's loader, as it has them."""
+        """The images in their order; those of `make_loader` without augmentation."""
         if not self.own:
-            return self.loader
+            return self.part(np.arange(len(self.places)), learn=False)
         return _like(self.loader, self.loader.dataset.plain(), EVAL_BATCH)
 
-    @property
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Where each image (N,) is in the data set: a sampler may leave some out."""
+        drawn = range(len(self.loader.dataset)) if self.own else map(int, self.loader.sampler)
+        (places,) = broadcast_object_list([np.unique(list(drawn))])  # alike in all processes
+        return places
+
+    @cached_property
     def labels(self) -> np.ndarray:
         """(N,), or of multilabel data (N, C)."""
-        return self._labels_and_places[0]
+        dataset = self.loader.dataset
+        if isinstance(dataset, ImageDataset):  # nothing need be decoded
+            return dataset.samples.labels[self.places]
+        # copied, for tensors of workers hold a file descriptor each
+        labels = torch.cat([labels.cpu().clone() for _, labels in self.plain]).numpy()
+        _check_count(labels, self.places)
+        return labels
 
     @property
     def patients(self) -> list[str] | None:
         """Of each image, where they are known."""
-        return self.loader.dataset.samples.patients if self.own else None
-
-    @cached_property
-    def _labels_and_places(self) -> tuple[np.ndarray, np.ndarray]:
-        """And where each image is in the data set: its sampler may leave some out."""
-        places = np.arange(len(self.loader.dataset))
-        if self.own:
-            return self.loader.dataset.samples.labels, places
-        labels, places = zip(*(batch[1:] for batch in _number(self.loader, places)), strict=True)
-        places, first = np.unique(torch.cat(places), return_index=True)
-        return torch.cat(labels).numpy()[first], places
+        dataset = self.loader.dataset
+        if not isinstance(dataset, ImageDataset) or not dataset.samples.patients:
+            return None
+        return [dataset.samples.patients[place] for place in self.places]
 
     def part(self, positions: np.ndarray, learn: bool) -> DataLoader:
-        """Loads the images at `positions` of `labels`, to learn from or to be tested on."""
+        """Loads the images at `positions` of `labels`, to learn from (shuffled) or to be tested on.
+
+        Another's data set augments both as it does.
+        """
         loader, dataset = self.loader, self.loader.dataset
         batch_size = loader.batch_size if learn else EVAL_BATCH
         if not self.own:
-            chosen = Subset(dataset, self._labels_and_places[1][positions].tolist())
+            chosen = Subset(dataset, self.places[positions].tolist())
             return _like(loader, chosen, batch_size, shuffle=learn)
         return make_loader(
             dataset.samples.take(positions),
@@ -89,8 +102,8 @@ class TrainingSet:
         `numbers` (N,) are in the order of `labels`; images that it lacks have the number `other`.
         """
         table = np.full(len(self.loader.dataset), other)
-        table[self._labels_and_places[1]] = numbers
-        return _number(self.loader, table), _number(self.plain, table)
+        table[self.places] = numbers
+        return _number(self.loader, table), _number(self.plain, numbers)
 
 
 class _Numbered(Dataset):
@@ -105,33 +118,42 @@ class _Numbered(Dataset):
         return self.dataset[position], int(self.numbers[position % len(self)])
 
 
-def _collate(collate: Collate, batch: list[tuple[Any, int]]) -> tuple[Any, ...]:
+def _collate(collate: Collate, batch: list[tuple[Any, int]]) -> tuple[Tensor, Tensor, Tensor]:
     samples, numbers = zip(*batch, strict=True)
-    return *collate(list(samples)), torch.tensor(numbers)
+    images, labels = collate(list(samples))
+    _check_count(labels, numbers)
+    return images, labels, torch.tensor(numbers)
+
+
+def _check_count(labels: Any, samples: Any) -> None:
+    if len(labels) != len(samples):
+        raise InputError(
+            f"the collate_fn makes {len(labels)} labels of {len(samples)} samples: train.folds and "
+            "head=crossfit need one of each, in their order"
+        )
 
 
 def _number(loader: DataLoader, numbers: np.ndarray) -> DataLoader:
-    dataset = _Numbered(loader.dataset, numbers)
-    collate = partial(_collate, loader.collate_fn)
     return _like(
         loader,
-        dataset,
+        _Numbered(loader.dataset, numbers),
         loader.batch_size,
         sampler=loader.sampler,
         drop_last=loader.drop_last,
-        collate_fn=collate,
+        collate_fn=partial(_collate, loader.collate_fn),
         pin_memory=loader.pin_memory,
     )
 
 
 def _like(loader: DataLoader, dataset: Dataset, batch_size: int, **settings: Any) -> DataLoader:
     """Loads another data set with the workers of `loader`."""
-    settings = {"collate_fn": loader.collate_fn, **settings}
     return DataLoader(
         dataset,
         batch_size,
         num_workers=loader.num_workers,
         persistent_workers=loader.persistent_workers,
         worker_init_fn=loader.worker_init_fn,
-        **settings,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        **{"collate_fn": loader.collate_fn, **settings},
     )
