@@ -194,6 +194,14 @@ def test_a_class_that_no_fold_learned_does_not_make_surer_better():
     assert not answers(first[:, [0, 3]] - 0.5, surer[:, [0, 3]] - 2, marks.numpy())
 
 
+def test_a_fold_with_nothing_to_judge_is_left_out(monkeypatch):
+    parts = [(np.arange(8), np.arange(8, 10)), (np.arange(2, 10), np.arange(2))]
+    monkeypatch.setattr(crossval, "_folds", lambda *_: parts)
+    model, seen = vpt.attach(tiny.vit(), num_classes=3), []
+    judge(model, samples([0, 1] * 4 + [2, 2]), seen.append)
+    assert len(seen) == 1
+
+
 def test_all_right_is_not_worse_than_a_few_wrong():
     labels = torch.arange(40) % 2
     unsure = 0.2 * F.one_hot(labels)

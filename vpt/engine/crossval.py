@@ -64,6 +64,8 @@ def training_helps(
         else:
             held = held[np.isin(labels[held], labels[seen])]
             unlearned = []
+        if not len(held):
+            continue
         learned, test = images.part(seen, learn=True), images.part(held, learn=False)
         start(learned)
         first, truth = predict(test)

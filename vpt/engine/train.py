@@ -63,9 +63,8 @@ def fit(
 
     Raises:
         InputError: no DataLoader; `folds` or cross-fitted heads with one that cannot be taken into
-            parts; the loss is not finite; the checkpoint does not belong to this
-            model; a setting that TrainConfig does not have; a `loss` that does not fit the method
-            or the labels.
+            parts; the loss is not finite; the checkpoint does not belong to this model; a setting
+            that TrainConfig does not have; a `loss` that does not fit the method or the labels.
     """
     if not isinstance(train, DataLoader):
         raise InputError(f"fit needs a torch DataLoader to train on, not a {type(train).__name__}")
