@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpt.config import DataConfig
-from vpt.data.fewshot import sample_shots, split_shots
+from vpt.data.fewshot import split_shots
 from vpt.data.images import Samples
 from vpt.data.sources import Source, open_source
 from vpt.errors import InputError
+from vpt.targets.multiclass import Multiclass
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/fewshot_sampling_a.json").read_text())
 DIGITS = open_source(DataConfig(name="digits"))
@@ -27,18 +28,18 @@ def test_same_selection_as_dassl(case):
         for part in ("train", "val")
     }
     rng = random.Random(case["seed"])
-    assert sample_shots(labels["train"], case["shots"], rng) == case["train"]
-    assert sample_shots(labels["val"], min(case["shots"], 4), rng) == case["val"]
+    assert Multiclass().draw(labels["train"], case["shots"], rng) == case["train"]
+    assert Multiclass().draw(labels["val"], min(case["shots"], 4), rng) == case["val"]
 
 
 @given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 8), st.integers())
 def test_every_class_gives_its_shots(labels, shots, seed):
-    chosen = sample_shots(labels, shots, random.Random(seed))
+    chosen = Multiclass().draw(labels, shots, random.Random(seed))
     assert len(set(chosen)) == len(chosen)
     counts = Counter(labels)
     assert Counter(labels[i] for i in chosen) == {c: min(n, shots) for c, n in counts.items()}
     assert list(dict.fromkeys(labels[i] for i in chosen)) == list(dict.fromkeys(labels))
-    assert chosen == sample_shots(np.array(labels, dtype=int), shots, random.Random(seed))
+    assert chosen == Multiclass().draw(np.array(labels, dtype=int), shots, random.Random(seed))
 
 
 def samples(part, labels, patients=None):

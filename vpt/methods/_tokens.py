@@ -102,7 +102,7 @@ class Folded(Method):
 
     def __init__(self, method: TokenMethod) -> None:
         super().__init__(method.backbone, method.class_names, method.options)
-        self.multilabel = method.multilabel
+        self.target = method.target
         self.layers, self.head, self.gates = method.layers, method.head, method.gates
         with torch.no_grad():
             prompts = method.folded_prompts()

@@ -74,7 +74,7 @@ class Prompted(Method):
     ) -> None:
         """Before the first epoch, solve the head."""
         if epoch == 0 and self.head is not None:
-            solve_head(self.head, *features())
+            solve_head(self.head, self.target, *features())
 
     def features(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of images with the prompt on them."""
