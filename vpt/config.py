@@ -108,9 +108,10 @@ class TrainConfig(Strict):
     schedule: Literal["cosine", "dassl", "constant"] = "cosine"
     warmup_epochs: NonNegativeInt = 10
     warmup_lr: float = Field(1e-5, ge=0)
-    # class_balanced: classes weighted by their effective number of images (Cui et al. 2019);
-    # logit_adjusted: in training, logits plus the classes' log shares (Menon et al. 2021)
-    loss: Literal["cross_entropy", "class_balanced", "logit_adjusted"] = "cross_entropy"
+    # a file under vpt/losses: cross_entropy; class_balanced: classes weighted by their effective
+    # number of images (Cui et al. 2019); logit_adjusted: in training, logits plus the classes' log
+    # proportions (Menon et al. 2021)
+    loss: str = "cross_entropy"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
     # 2 or more: cross-validate on the training images first, and leave the method as it starts
     # where training does not make it better; None: always train

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from families import MODELS
+from hooks import epoch
 from timm.models.vision_transformer import ResPostBlock
 from tiny import NAMES, clip, images, perturb, vit
 from torch import nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vpt
 from vpt import methods
 from vpt.errors import InputError
+from vpt.methods.base import Batch
 
 LABELS = torch.tensor([0, 1, 2, 2, 0, 1, 1])
 
@@ -34,7 +36,10 @@ def loader(count=7, batch_size=3):
 def start(model, batches):
     """The first thing that `fit` does."""
     data = torch.cat([inputs for inputs, _ in batches]), LABELS
-    model.before_epoch(0, 2, batches, lambda: (model.features(data[0]).detach(), data[1]))
+    named = [Batch(*batch) for batch in batches]
+    model.before_epoch(
+        epoch(model, lambda: model.features(data[0]).detach(), data[1], batches=named)
+    )
 
 
 BACKBONES = pytest.mark.parametrize("make", [vit, clip])
@@ -250,7 +255,7 @@ class TestSelfPrompts:
         probe.solve(model.features(images(7)).detach(), LABELS)
         close(model.head.weight, probe.head.weight, 1e-4)
         resumed = model.prompts.clone()
-        model.before_epoch(1, 2, batches, lambda: None)
+        model.before_epoch(epoch(model, None, LABELS, number=1))
         assert torch.equal(model.prompts, resumed)
 
 

@@ -6,15 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vpt import targets
 from vpt.config import Window
 from vpt.data.dicom import read_frame
 from vpt.errors import InputError
-from vpt.targets import Target
+
+if TYPE_CHECKING:
+    from vpt.targets import Target
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 _DICOM_SUFFIXES = {".dcm", ".dicom"}
@@ -35,9 +37,11 @@ class Samples:
     names: list[str]
     patients: list[str] | None = None
     windows: tuple[Window, ...] | None = None
-    target: Target = None
+    target: "Target" = None
 
     def __post_init__(self) -> None:
+        from vpt import targets  # here, for torch takes seconds
+
         if self.target is None:
             object.__setattr__(self, "target", targets.of(self.labels))
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from vpt.data.dicom import patient
 from vpt.data.images import Samples, is_dicom
 from vpt.data.layouts import Read, some
 from vpt.errors import InputError
-from vpt.targets import Target
+
+if TYPE_CHECKING:
+    from vpt.targets import Target
 
 __all__ = ["Samples", "Source", "open_source"]
 
@@ -44,7 +47,7 @@ class Source:
     parts: dict[str, Samples]
 
     @property
-    def target(self) -> Target:
+    def target(self) -> "Target":
         """The kind of the labels."""
         return next(iter(self.parts.values())).target
 
