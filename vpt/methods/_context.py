@@ -22,6 +22,7 @@ class ContextMethod(Method):
     """
 
     frozen_features = True
+    reads_text = True
 
     def __init__(
         self,
@@ -30,7 +31,7 @@ class ContextMethod(Method):
         options: Strict,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(require_clip(backbone, self.name), class_names, options)
+        super().__init__(require_clip(backbone, self.name), class_names, options, tokenizer)
         self.names = [name.replace("_", " ") for name in class_names]
         if options.init:
             words = options.init.replace("_", " ")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vpt.backbones.clip import Adapter, Tokenizer
 from vpt.config import Strict
 from vpt.methods._context import ContextMethod
-from vpt.methods.base import Method
 
 
 class Options(Strict):
@@ -89,8 +88,7 @@ class Prompted(ContextMethod):
         """Scaled cosine similarities (B, C)."""
         return self.similarities(features, self.text_features())
 
-    def fold(self) -> Method:
-        """The inference form: class embeddings computed once, no text tower at test time."""
-        folded = super().fold()
-        folded.folded = folded.text_features()
-        return folded
+    def make_constants(self) -> None:
+        """Keep the class embeddings: no text tower at test time."""
+        super().make_constants()
+        self.folded = self.text_features()

@@ -31,6 +31,7 @@ class Prompted(Method):
     Options = Options
     solved = True
     frozen_features = True
+    reads_text = True
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class Prompted(Method):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(require_clip(backbone, "zero_shot"), class_names, options)
+        super().__init__(require_clip(backbone, "zero_shot"), class_names, options, tokenizer)
         embeddings = embed_classes(backbone, class_names, options.templates, tokenizer)
         self.register_buffer("class_embeddings", embeddings)
 
