@@ -44,33 +44,39 @@ def test_closed_gates_leave_the_backbone_as_it_is(name, method):
     assert model.prompts.grad.flatten(1).abs().amax(1).min() > 0
 
 
-def test_prompts_have_a_softmax_of_their_own():
+@pytest.mark.parametrize("scale", [None, 1.3])  # None: 1/√head_dim; SwinV2's is 1
+def test_prompts_have_a_softmax_of_their_own(scale):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
     prompt_key, prompt_value = torch.randn(2, 1, 4, 5, 8, dtype=torch.float64)
     bias = torch.randn(1, 4, 7, 7, dtype=torch.float64)
 
     def answers(k, v, bias=0):
-        return ((query @ k.mT * 8**-0.5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return (
+            ((query @ k.mT * (scale or 8**-0.5) + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        )
 
     gate = torch.tensor(0.3, dtype=torch.float64)
     rows = LayerPrompts(Rows(prompt_key, prompt_value), gate=gate)
     expected = answers(key, value, bias) + 0.3 * answers(prompt_key, prompt_value)
     torch.testing.assert_close(
-        attend(query, key, value, rows, bias), expected, rtol=1e-9, atol=1e-9
+        attend(query, key, value, rows, bias, scale), expected, rtol=1e-9, atol=1e-9
     )
 
 
+@pytest.mark.parametrize("scale", [None, 1.3])
 @pytest.mark.parametrize("queries", [3, 7, 12])
-def test_prompts_among_the_tokens_see_all_and_are_seen_through_the_gate(queries):
+def test_prompts_among_the_tokens_see_all_and_are_seen_through_the_gate(queries, scale):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 12, 8, dtype=torch.float64)
     bias, gate = torch.randn(1, 4, 7, 7, dtype=torch.float64), torch.tensor(0.3).double()
     tokens, prompts = slice(0, 7), slice(7, 12)
     rows = LayerPrompts(Rows(key[:, :, prompts], value[:, :, prompts]), gate=gate)
     parts = (part[:, :, tokens] for part in (query, key, value))
-    expected = torch.cat([attend(*parts, rows, bias), attend(query[:, :, prompts], key, value)], 1)
-    actual = attend(query[:, :, :queries], key, value, LayerPrompts(count=5, gate=gate), bias)
+    seen = attend(query[:, :, prompts], key, value, scale=scale)
+    expected = torch.cat([attend(*parts, rows, bias, scale), seen], 1)
+    flowing = LayerPrompts(count=5, gate=gate)
+    actual = attend(query[:, :, :queries], key, value, flowing, bias, scale)
     torch.testing.assert_close(actual, expected[:, :queries], rtol=1e-9, atol=1e-9)
 
 

@@ -111,3 +111,20 @@ def test_augmentation(kind):
     assert not all((crop == crops[0]).all() for crop in crops)
     assert 8 < flipped < 32 if kind == "crop_flip" else flipped == 0
     assert pickle.loads(pickle.dumps(augment))(image=ramp)["image"].shape == (32, 32, 3)
+
+
+def test_crops_have_8_to_100_percent_of_the_area():
+    augment = augmentation("crop", Preprocess(**VALUES))
+    rows, columns = np.mgrid[:200, :200].astype(np.uint8)
+    image = np.stack([rows, columns, columns], -1)
+    areas = []
+    for seed in range(300):
+        augment.set_random_seed(seed)
+        crop = augment(image=image)["image"].astype(int)
+        height, width = (
+            np.ptp(crop[..., :2], axis=(0, 1)) / 200 * 32 / 31
+        )  # ends are pixels' middles
+        areas.append(height * width)
+    assert 0.07 < min(areas) < 0.12
+    assert max(areas) > 0.9
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.05)  # uniform, but large ones may not fit
