@@ -86,6 +86,15 @@ class Samples:
         return read_image(image, least, self.windows)
 
 
+def samples_of(
+    root: Path, files: Sequence[tuple[str, int]], patients: list[str] | None = None
+) -> Samples:
+    """Samples of (path below `root`, label) pairs."""
+    names = [name for name, _ in files]
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    return Samples([root / name for name in names], labels, names, patients)
+
+
 def list_images(paths: Sequence[Path]) -> list[Path]:
     """`paths`, with the images below it in the place of each folder.
 
