@@ -13,6 +13,7 @@ import vpt
 from vpt import explain, methods
 from vpt.backbones import load_tiny_clip
 from vpt.engine.run import NOTICE
+from vpt.targets.multiclass import Multiclass
 
 CLIP_ONLY = {
     name
@@ -59,7 +60,7 @@ def test_registers_and_prompts_have_no_place_in_the_map():
 class Corner(torch.nn.Module):
     """Answers by the brightness of patch (1, 2) alone."""
 
-    multilabel = False
+    target = Multiclass()
 
     def __init__(self):
         super().__init__()

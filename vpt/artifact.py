@@ -17,6 +17,7 @@ from vpt import backbones, methods
 from vpt.backbones.clip import Tokenizer
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
+from vpt.targets import Target
 
 FORMAT = 1
 TOLERANCE = 5e-3  # of a backbone's answer, relative: TF32 is within, quick GELU for GELU is not
@@ -35,13 +36,15 @@ def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
         raise InputError(f"{path}: a folded model has no prompts to save: save the model it is of")
     config = model.backbone.config
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.artifact_tensors().items()}
+    known = model.target.name in {"multiclass", "multilabel"}  # to every version
     metadata = {
         "format": FORMAT,
         "version": package_version(),
         "method": model.name,
         "options": model.options.model_dump(mode="json"),
         "class_names": model.class_names,
-        "multilabel": model.multilabel,
+        "multilabel": model.target.name == "multilabel",
+        **({} if known else {"target": model.target.name}),
         "preprocess": model.backbone.preprocess.to_dict(),
         "backbone": {
             "name": config.name if config else None,
@@ -92,7 +95,10 @@ def backbone_settings(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def load(
-    path: str | Path, backbone: nn.Module | None = None, tokenizer: Tokenizer | None = None
+    path: str | Path,
+    backbone: nn.Module | None = None,
+    tokenizer: Tokenizer | None = None,
+    target: Target | type[Target] | None = None,
 ) -> methods.Method:
     """The prompted model of an artefact, in eval mode; its metadata is `model.metadata`.
 
@@ -100,6 +106,7 @@ def load(
         path: written by `save`.
         backbone: the model it was trained on; None loads it as the artefact says.
         tokenizer: where the model was attached with one of its own.
+        target: where it was attached with one from outside this package.
 
     Raises:
         InputError: as `read`; another backbone than the one it was trained on; one that the
@@ -133,6 +140,7 @@ def load(
             class_names=metadata["class_names"],
             tokenizer=tokenizer,
             multilabel=metadata.get("multilabel", False),
+            target=target or metadata.get("target"),
             **metadata["options"],
         )
     except InputError as error:

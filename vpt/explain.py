@@ -64,8 +64,7 @@ def deletion(model: Method, image: Tensor, target: int, order: Tensor) -> Tensor
 @torch.no_grad()
 def probabilities(model: Method, images: Tensor) -> Tensor:
     """(B, C) of images (B, 3, H, W), not calibrated: a saliency explains the model's own answer."""
-    logits = model(images)
-    return logits.sigmoid() if model.multilabel else logits.softmax(-1)
+    return model.target.probabilities(model(images))
 
 
 def area(curve: Tensor) -> float:

@@ -68,15 +68,19 @@ class Study:
         model = model.fold()
         loader = make_loader(split.test, model.backbone.preprocess, EVAL_BATCH)
         logits, labels = predict(model, loader)
-        raw, calibrated = logits.double().softmax(-1), decision.probabilities(logits)
+        target = model.target
+        raw, calibrated = (
+            target.probabilities(logits.double()),
+            decision.probabilities(target, logits),
+        )
         names = source.class_names
         plots = {
-            "ROC curve on the test images.": draw_roc(calibrated, labels, names),
+            "ROC curve on the test images.": draw_roc(target, calibrated, labels, names),
             "Precision and recall on the test images.": draw_precision_recall(
-                calibrated, labels, names
+                target, calibrated, labels, names
             ),
             "Reliability before and after temperature scaling: on the diagonal, a confidence is a "
-            "frequency.": draw_reliability({"before": raw, "after": calibrated}, labels),
+            "frequency.": draw_reliability(target, {"before": raw, "after": calibrated}, labels),
             "Error rate among the images that are decided, the least certain being referred.": (
                 draw_risk_coverage(calibrated, labels, decision.refer_below)
             ),

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpt.config import DataConfig
-from vpt.data.fewshot import sample_multilabel, sample_shots, split_shots
+from vpt.data.fewshot import split_shots
 from vpt.data.images import Samples
 from vpt.data.sources import Source, open_source
 from vpt.errors import InputError
+from vpt.targets.multiclass import Multiclass
+from vpt.targets.multilabel import Multilabel
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/fewshot_sampling_a.json").read_text())
 DIGITS = open_source(DataConfig(name="digits"))
@@ -27,18 +29,18 @@ def test_same_selection_as_dassl(case):
         for part in ("train", "val")
     }
     rng = random.Random(case["seed"])
-    assert sample_shots(labels["train"], case["shots"], rng) == case["train"]
-    assert sample_shots(labels["val"], min(case["shots"], 4), rng) == case["val"]
+    assert Multiclass().draw(labels["train"], case["shots"], rng) == case["train"]
+    assert Multiclass().draw(labels["val"], min(case["shots"], 4), rng) == case["val"]
 
 
 @given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 8), st.integers())
 def test_every_class_gives_its_shots(labels, shots, seed):
-    chosen = sample_shots(labels, shots, random.Random(seed))
+    chosen = Multiclass().draw(labels, shots, random.Random(seed))
     assert len(set(chosen)) == len(chosen)
     counts = Counter(labels)
     assert Counter(labels[i] for i in chosen) == {c: min(n, shots) for c, n in counts.items()}
     assert list(dict.fromkeys(labels[i] for i in chosen)) == list(dict.fromkeys(labels))
-    assert chosen == sample_shots(np.array(labels, dtype=int), shots, random.Random(seed))
+    assert chosen == Multiclass().draw(np.array(labels, dtype=int), shots, random.Random(seed))
 
 
 def samples(part, labels, patients=None):
@@ -122,12 +124,12 @@ def test_positives_that_come_along_count_as_shots():
     labels = np.zeros((30, 3), np.float32)
     labels[:20, 0] = labels[:6, 1] = 1  # whoever has the rare label has the common one
     labels[20:24, 2] = 1
-    chosen = sample_multilabel(labels, 3, random.Random(1))
+    chosen = Multilabel().draw(labels, 3, random.Random(1))
     assert len(chosen) == len(set(chosen))
     assert labels[chosen].sum(0).tolist() == [3, 3, 3]
     assert (~labels[chosen].any(1)).sum() == 3
     assert len(chosen) == 9
-    assert labels[sample_multilabel(labels, 5, random.Random(1))].sum(0).tolist() == [5, 5, 4]
+    assert labels[Multilabel().draw(labels, 5, random.Random(1))].sum(0).tolist() == [5, 5, 4]
 
 
 @pytest.mark.parametrize("other", ["test", "val"])

@@ -342,7 +342,7 @@ def test_npz_with_several_labels_an_image(tmp_path):
     }
     path = write_npz(tmp_path / "x.npz", **labels)
     source = opened(path)
-    assert source.multilabel and source.class_names == ["0", "1", "2"]
+    assert source.target.name == "multilabel" and source.class_names == ["0", "1", "2"]
     assert source.parts["train"].labels.dtype == np.float32
     assert np.array_equal(source.parts["test"].labels, labels["test_labels"])
     turned = opened(path, classes=["2", "0", "1"])

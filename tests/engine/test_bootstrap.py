@@ -7,8 +7,9 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
+from vpt import targets
 from vpt.engine.bootstrap import _areas, class_rates, figure_intervals, intervals
-from vpt.engine.evaluate import metrics
+from vpt.targets.multiclass import Multiclass
 
 NAMES = ["cat", "dog", "bird"]
 
@@ -73,8 +74,8 @@ def test_weighted_areas_are_scikit_learns(digits):
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_intervals_are_of_the_figures(monkeypatch, multilabel):
     logits, labels = case(multilabel)
-    figures = metrics(logits, labels)
-    found = figure_intervals(logits, labels, NAMES)
+    figures = targets.of(labels).metrics(logits, labels)
+    found = figure_intervals(targets.of(labels), logits, labels, NAMES)
     pairs = {name.removesuffix("_interval"): found[name] for name in found if name != "per_class"}
     assert pairs.keys() == {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "auprc"}
     for name, (low, high) in pairs.items():
@@ -83,7 +84,7 @@ def test_intervals_are_of_the_figures(monkeypatch, multilabel):
     # drawn once each, the resamples are the images: both bounds are the figure itself
     once = torch.ones(1, len(labels), dtype=torch.float64)
     monkeypatch.setattr("vpt.engine.bootstrap._draw", lambda count, patients: [once])
-    for name, pair in figure_intervals(logits, labels, NAMES).items():
+    for name, pair in figure_intervals(targets.of(labels), logits, labels, NAMES).items():
         if name != "per_class":
             assert pair == pytest.approx([figures[name.removesuffix("_interval")]] * 2, abs=1e-6)
 
@@ -112,20 +113,21 @@ def test_all_and_none_have_the_exact_interval():
     assert wrong["specificity_interval"] == pytest.approx([0, 1 - exact[5].low])
     logits = torch.eye(2)[truth[:, 0].long()]
     for trials, names in ((13, None), (7, patients)):
-        found = figure_intervals(logits, truth[:, 0].long(), NAMES[:2], names)
+        found = figure_intervals(Multiclass(), logits, truth[:, 0].long(), NAMES[:2], names)
         assert found["accuracy_interval"] == pytest.approx([exact[trials].low, 1])
 
 
 def test_many_classes_have_no_figures_of_their_own():
     labels = torch.arange(63) % 21
-    found = figure_intervals(torch.eye(21)[labels], labels, [str(i) for i in range(21)])
+    names = [str(i) for i in range(21)]
+    found = figure_intervals(Multiclass(), torch.eye(21)[labels], labels, names)
     assert found.keys() == {"accuracy_interval", "balanced_accuracy_interval", "macro_f1_interval"}
 
 
 def test_a_class_that_does_not_occur_is_left_out():
     logits, labels = case()
     labels[labels == 2] = 1
-    found = figure_intervals(logits, labels, NAMES)
+    found = figure_intervals(targets.of(labels), logits, labels, NAMES)
     assert found["per_class"]["bird"]["sensitivity"] is None
     low, high = found["balanced_accuracy_interval"]
-    assert low < metrics(logits, labels)["balanced_accuracy"] < high
+    assert low < targets.of(labels).metrics(logits, labels)["balanced_accuracy"] < high

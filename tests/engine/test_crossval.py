@@ -18,6 +18,7 @@ from vpt.engine.crossval import training_helps
 from vpt.engine.evaluate import predict
 from vpt.engine.training_set import TrainingSet
 from vpt.errors import InputError
+from vpt.targets.multiclass import Multiclass
 
 
 def samples(labels, patients=None):
@@ -35,7 +36,7 @@ def judge(model, data, learn, start=lambda images: None, balanced=False):
     lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
     steps = (start, learn, partial(predict, model))
     helps = training_helps(
-        model, TrainingSet(loader(model, data)), 3, balanced, *steps, lines.append
+        model, TrainingSet(loader(model, data), model.target), 3, balanced, *steps, lines.append
     )
     torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
     return helps, lines
@@ -198,7 +199,7 @@ def answers(first, trained, labels):
         state["after"] = 1 - state["after"]
         return torch.stack(chosen), torch.from_numpy(part.labels)
 
-    images, nothing = TrainingSet(loader(model, data)), lambda _: None
+    images, nothing = TrainingSet(loader(model, data), model.target), lambda _: None
     return training_helps(model, images, 3, False, nothing, nothing, predict, nothing)
 
 
@@ -225,7 +226,7 @@ def test_a_class_that_no_fold_learned_does_not_make_surer_better():
 
 def test_a_fold_with_nothing_to_judge_is_left_out(monkeypatch):
     parts = [(np.arange(8), np.arange(8, 10)), (np.arange(2, 10), np.arange(2))]
-    monkeypatch.setattr(crossval, "_folds", lambda *_: parts)
+    monkeypatch.setattr(Multiclass, "splits", lambda *_: parts)
     model, seen = vpt.attach(tiny.vit(), num_classes=3), []
     judge(model, samples([0, 1] * 4 + [2, 2]), seen.append)
     assert len(seen) == 1

@@ -12,7 +12,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from tiny import vpt_cli
 
-from vpt import artifact
+from vpt import artifact, targets
 from vpt.config import DecisionConfig, load_run
 from vpt.engine.decision import Decision, achieved, check_decision, fit_decision
 from vpt.engine.figures import (
@@ -26,8 +26,10 @@ from vpt.engine.figures import (
 from vpt.engine.run import NOTICE, run
 from vpt.errors import InputError
 from vpt.suites import _line
+from vpt.targets.multiclass import Multiclass
 
 NAMES = ["normal", "pneumonia"]
+TARGET = Multiclass()
 
 
 def quiet(line):
@@ -44,7 +46,7 @@ def case(count=400, classes=2, seed=0, scale=4.0):
 
 def fit(logits, labels, log=quiet, names=None, **config):
     config = DecisionConfig.model_validate(config)
-    return fit_decision(config, logits, labels, names or NAMES, log)
+    return fit_decision(config, TARGET, logits, labels, names or NAMES, log)
 
 
 def of_probabilities(values):
@@ -74,13 +76,13 @@ def test_temperature_is_scikit_learns():
     x, y = logits.double().numpy(), labels.numpy()
     frozen = FrozenEstimator(Logits().fit(x, y))
     calibrated = CalibratedClassifierCV(frozen, method="temperature", ensemble=False).fit(x, y)
-    ours = Decision(temperature=found).probabilities(logits)
+    ours = Decision(temperature=found).probabilities(TARGET, logits)
     assert np.allclose(ours, calibrated.predict_proba(x), atol=1e-3)
 
 
 def test_calibration_lowers_the_error_on_other_images():
     decision = fit(*case(seed=0), temperature=True)
-    found = achieved(decision, *case(seed=1), NAMES)
+    found = achieved(decision, TARGET, *case(seed=1), NAMES)
     assert found["ece_after"] < 0.06 < 0.1 < found["ece_before"]
 
 
@@ -92,7 +94,9 @@ def test_all_right_gives_no_temperature():
 
 def test_guessing_is_said():
     lines, (logits, labels) = [], case()
-    probabilities = fit(logits, 1 - labels, lines.append, temperature=True).probabilities(logits)
+    probabilities = fit(logits, 1 - labels, lines.append, temperature=True).probabilities(
+        TARGET, logits
+    )
     assert torch.allclose(probabilities, torch.tensor(0.5).double(), atol=1e-2)
     assert len(lines) == 1 and "no better than guessing" in lines[0]
     fit(logits, labels, lines.append, temperature=True)
@@ -119,7 +123,7 @@ def test_thresholds_by_hand(rate, wanted, threshold):
     labels = torch.tensor([1] * 5 + [0] * 4)
     decision = fit(logits, labels, **{rate: {"pneumonia": wanted}})
     assert decision.thresholds["pneumonia"] == pytest.approx(threshold)
-    found = achieved(decision, logits, labels, NAMES)["thresholds"]["pneumonia"]
+    found = achieved(decision, TARGET, logits, labels, NAMES)["thresholds"]["pneumonia"]
     assert found[rate] >= wanted
 
 
@@ -133,7 +137,7 @@ def test_a_specificity_that_only_no_call_gives():
 
 def test_thresholds_on_other_images():
     decision = fit(*case(2000), sensitivity={"pneumonia": 0.9}, specificity={"normal": 0.8})
-    found = achieved(decision, *case(2000, seed=1), NAMES)["thresholds"]
+    found = achieved(decision, TARGET, *case(2000, seed=1), NAMES)["thresholds"]
     for name, rate, wanted in (("pneumonia", "sensitivity", 0.9), ("normal", "specificity", 0.8)):
         low, high = found[name][f"{rate}_interval"]
         assert low < found[name][rate] < high
@@ -149,9 +153,13 @@ def test_quantiles_by_hand():
     assert decision.quantiles["pneumonia"] == pytest.approx(1 - 0.2)
     assert decision.quantiles["normal"] == 1
     assert "normal: 3 calibration images, fewer than 19" in lines[0]
-    own = decision.sets(decision.probabilities(logits), NAMES)  # a score at its quantile is in
+    own = decision.sets(
+        decision.probabilities(TARGET, logits), NAMES
+    )  # a score at its quantile is in
     assert own[:9, 1].sum() == 8
-    sets = decision.sets(decision.probabilities(of_probabilities([0.95, 0.21, 0.19])), NAMES)
+    sets = decision.sets(
+        decision.probabilities(TARGET, of_probabilities([0.95, 0.21, 0.19])), NAMES
+    )
     assert sets.tolist() == [[True, True], [True, True], [True, False]]
 
 
@@ -164,7 +172,7 @@ def test_sets_cover_each_class(alpha):
         logits, labels = case(300, 3, seed)
         logits[:, 2] += 2  # a class that is taken for the others' must be covered too
         decision = fit(logits[:150], labels[:150], names=names, alpha=alpha)
-        found = achieved(decision, logits[150:], labels[150:], names)
+        found = achieved(decision, TARGET, logits[150:], labels[150:], names)
         coverage.append([found["set_coverage"][name]["coverage"] for name in names])
         assert 1 - alpha - 0.2 < min(coverage[-1])
         assert 0 < found["set_size"] <= 3
@@ -176,7 +184,7 @@ def test_a_class_without_calibration_images_is_in_every_set():
     lines = []
     logits, _ = case(50, 3)
     decision = fit(logits, torch.arange(50) % 2, lines.append, [*NAMES, "rare"], alpha=0.1)
-    assert decision.sets(decision.probabilities(logits), [*NAMES, "rare"])[:, 2].all()
+    assert decision.sets(decision.probabilities(TARGET, logits), [*NAMES, "rare"])[:, 2].all()
     assert any("rare: 0 calibration images" in line for line in lines)
 
 
@@ -184,21 +192,21 @@ def test_referring_by_hand():
     logits = of_probabilities([0.9, 0.2, 0.7, 0.6, 0.3])  # confidence .9 .8 .7 .6 .7
     decision = fit(logits, torch.tensor([1, 0, 1, 1, 0]), coverage=0.6)
     assert decision.refer_below == pytest.approx(0.7)
-    found = achieved(decision, logits, torch.tensor([1, 0, 0, 0, 1]), NAMES)["refer"]
+    found = achieved(decision, TARGET, logits, torch.tensor([1, 0, 0, 0, 1]), NAMES)["refer"]
     assert found["coverage"] == 0.8  # the tie at .7 is decided
-    everything = achieved(decision, logits[:3], torch.tensor([1, 0, 1]), NAMES)["refer"]
+    everything = achieved(decision, TARGET, logits[:3], torch.tensor([1, 0, 1]), NAMES)["refer"]
     for share in ("coverage", "accuracy"):
         assert everything[share] == 1
         assert everything[f"{share}_interval"] == pytest.approx([0.025 ** (1 / 3), 1])
     assert found["accuracy"] == 0.5
-    assert decision.describe(logits[3], NAMES)["refer"]
-    assert not decision.describe(logits[0], NAMES)["refer"]
+    assert decision.describe(TARGET, logits[3], NAMES)["refer"]
+    assert not decision.describe(TARGET, logits[0], NAMES)["refer"]
 
 
 def test_certain_images_are_more_often_right():
     decision = fit(*case(1000), coverage=0.5)
     logits, labels = case(1000, seed=1)
-    found = achieved(decision, logits, labels, NAMES)["refer"]
+    found = achieved(decision, TARGET, logits, labels, NAMES)["refer"]
     assert found["coverage"] == pytest.approx(0.5, abs=0.06)
     assert found["accuracy"] > (logits.argmax(1) == labels).float().mean() + 0.05
 
@@ -208,7 +216,9 @@ def test_patients_widen_the_intervals():
     logits, labels = (part.repeat_interleave(5, 0) for part in case(80, seed=1))
     widths = []
     for patients in (None, [f"p{i // 5}" for i in range(400)]):
-        rates = achieved(decision, logits, labels, NAMES, patients)["thresholds"]["pneumonia"]
+        rates = achieved(decision, TARGET, logits, labels, NAMES, patients)["thresholds"][
+            "pneumonia"
+        ]
         low, high = rates["sensitivity_interval"]
         widths.append(high - low)
     assert widths[1] > 1.7 * widths[0]  # √5 in theory
@@ -228,7 +238,7 @@ def test_patients_widen_the_intervals():
 def test_what_cannot_be_fitted(config, match):
     config = DecisionConfig.model_validate(config)
     with pytest.raises(InputError, match=match):
-        check_decision(config, torch.tensor([0, 1, 0, 1]), [*NAMES, "rare"])
+        check_decision(config, TARGET, torch.tensor([0, 1, 0, 1]), [*NAMES, "rare"])
 
 
 def write_npz(path, swap=False):
@@ -340,10 +350,12 @@ def test_figures(tmp_path, multilabel):
     labels = labels % 2
     if multilabel:
         labels = torch.nn.functional.one_hot(labels, 3)
-    decision = Decision(temperature=4, multilabel=multilabel)
-    after, before = decision.probabilities(logits), Decision().probabilities(logits)
-    roc, curves = draw_roc(after, labels, names), draw_precision_recall(after, labels, names)
-    reliability = draw_reliability({"before": before, "after": after}, labels)
+    target = targets.of(labels)
+    decision = Decision(temperature=4)
+    after, before = (d.probabilities(target, logits) for d in (decision, Decision()))
+    roc = draw_roc(target, after, labels, names)
+    curves = draw_precision_recall(target, after, labels, names)
+    reliability = draw_reliability(target, {"before": before, "after": after}, labels)
     figures = [roc, curves, reliability]
     assert [len(figure.axes[0].get_legend().get_texts()) for figure in figures] == [2, 2, 3]
     if not multilabel:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
-from vpt.engine.evaluate import confusion, metrics, predict
+from vpt.engine.evaluate import confusion, predict
+from vpt.targets.multiclass import Multiclass
 
 CLASSES = 5
 
@@ -39,7 +40,7 @@ def mean_auroc(logits, labels):
 def test_same_as_scikit_learn(seed, present):
     logits, labels = random_case(seed, present)
     predicted = logits.argmax(-1)
-    figures = metrics(logits, labels)
+    figures = Multiclass().metrics(logits, labels)
     expected = {
         "accuracy": accuracy_score(labels, predicted),
         "balanced_accuracy": np.mean(
@@ -56,7 +57,7 @@ def test_same_as_scikit_learn(seed, present):
 
 def test_same_as_scikit_learns_own_names_where_all_classes_occur():
     logits, labels = random_case(0, [0, 1, 2, 3, 4])
-    figures = metrics(logits, labels)
+    figures = Multiclass().metrics(logits, labels)
     predicted, probabilities = logits.argmax(-1), logits.softmax(-1)
     assert figures["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     auroc = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
@@ -69,12 +70,12 @@ def test_binary():
     labels = torch.randint(2, (50,), generator=generator)
     logits = torch.randn(50, 2, generator=generator)
     score = roc_auc_score(labels, logits.softmax(-1)[:, 1])
-    assert metrics(logits, labels)["auroc"] == pytest.approx(score, abs=1e-6)
+    assert Multiclass().metrics(logits, labels)["auroc"] == pytest.approx(score, abs=1e-6)
 
 
 def test_one_class_has_no_auroc():
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [2.0, 0.0, 1.0]])
-    figures = metrics(logits, torch.zeros(3, dtype=torch.long))
+    figures = Multiclass().metrics(logits, torch.zeros(3, dtype=torch.long))
     assert figures["auroc"] is None
     assert figures["accuracy"] == figures["balanced_accuracy"] == pytest.approx(2 / 3)
     assert figures["macro_f1"] == pytest.approx(0.8)
@@ -83,7 +84,7 @@ def test_one_class_has_no_auroc():
 def test_a_class_that_cannot_be_predicted():
     logits, labels = random_case(0, [0, 1, 2])
     logits[:, 4] = -torch.inf  # as linear_probe gives for a class without training images
-    figures = metrics(logits, labels)
+    figures = Multiclass().metrics(logits, labels)
     assert figures["auroc"] == pytest.approx(mean_auroc(logits, labels), abs=1e-6)
     assert all(0 <= value <= 1 for name, value in figures.items() if name != "num_test")
 
@@ -94,7 +95,7 @@ def test_calibration_error_by_hand():
     correct = torch.tensor([1, 0, 1, 1, 0])
     logits = torch.stack([confidence, 1 - confidence], dim=-1).log()
     expected = 1 / 5 * abs(1 - 0.61) + 1 / 5 * abs(0 - 0.69) + 3 / 5 * abs(2 / 3 - 0.9)
-    assert metrics(logits, 1 - correct)["ece"] == pytest.approx(expected, abs=1e-6)
+    assert Multiclass().metrics(logits, 1 - correct)["ece"] == pytest.approx(expected, abs=1e-6)
 
 
 class Echo(nn.Module):
@@ -114,11 +115,11 @@ def test_all_images_count_once_in_order_whatever_the_batch_size(batch):
     found = predict(Echo().train(), loader)
     assert torch.equal(found[0], logits)
     assert torch.equal(found[1], labels)
-    assert vpt.evaluate(Echo(), loader) == metrics(logits, labels)
+    assert vpt.evaluate(Echo(), loader) == Multiclass().metrics(logits, labels)
     assert vpt.evaluate(Echo(), loader)["num_test"] == 17
 
 
 def test_any_iterable_of_batches_will_do():
     logits, labels = random_case(1, [0, 1])
     batches = [(logits[:150], labels[:150]), (logits[150:], labels[150:])]
-    assert vpt.evaluate(Echo(), batches) == metrics(logits, labels)
+    assert vpt.evaluate(Echo(), batches) == Multiclass().metrics(logits, labels)

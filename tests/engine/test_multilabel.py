@@ -19,13 +19,13 @@ from torch.nn import functional as F
 import vpt
 from vpt import methods
 from vpt.config import DataConfig, load_run
-from vpt.data.fewshot import sample_multilabel, split_shots
+from vpt.data.fewshot import split_shots
 from vpt.data.images import Samples
 from vpt.data.loaders import make_loader
 from vpt.data.sources import open_source
-from vpt.engine.evaluate import metrics
 from vpt.engine.run import run
 from vpt.errors import InputError
+from vpt.targets.multilabel import Multilabel
 
 NAMES = ["mass", "nodule", "hernia"]
 
@@ -60,10 +60,10 @@ def test_every_method_trains_saves_and_folds(tmp_path, method):
         expected = F.binary_cross_entropy_with_logits(logits, labels)
         assert model.loss(batch, labels)[0].item() == pytest.approx(expected.item(), rel=1e-4)
     folded = model.fold()
-    assert folded.multilabel
+    assert folded.target.name == "multilabel"
     torch.testing.assert_close(folded(batch), logits, rtol=1e-4, atol=1e-4)
     loaded = vpt.load(vpt.save(model, tmp_path / "prompt.safetensors"), clip())
-    assert loaded.multilabel and loaded.class_names == NAMES
+    assert loaded.target.name == "multilabel" and loaded.class_names == NAMES
     torch.testing.assert_close(loaded(batch), logits, rtol=1e-4, atol=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_figures_are_scikit_learns_means():
     labels = (torch.rand(80, 4, generator=generator) < 0.3).float()
     labels[:, 3] = 0  # never: it has no area
     logits = 2 * torch.randn(80, 4, generator=generator) + labels
-    figures = metrics(logits, labels)
+    figures = Multilabel().metrics(logits, labels)
     truth, scores, said = labels[:, :3].numpy(), logits[:, :3].numpy(), logits[:, :3].numpy() > 0
     expected = {
         "accuracy": ((logits > 0) == labels).float().mean().item(),
@@ -118,21 +118,23 @@ def test_figures_are_scikit_learns_means():
 
 def test_scores_near_one_are_no_ties():
     logits = torch.tensor([[30.0, -1], [31.0, 1], [32.0, -1], [33.0, 1]])
-    assert metrics(logits, torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1.0]]))["auroc"] == 1
+    assert (
+        Multilabel().metrics(logits, torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1.0]]))["auroc"] == 1
+    )
 
 
 @pytest.mark.parametrize("shots", [1, 4, 500])
 def test_every_class_gets_its_shots(shots):
     _, labels = findings(300)
-    chosen = sample_multilabel(labels, shots, random.Random(1))
+    chosen = Multilabel().draw(labels, shots, random.Random(1))
     assert len(set(chosen)) == len(chosen)
     drawn, there = labels[chosen], labels.sum(0)
     assert (drawn.sum(0) >= np.minimum(shots, there)).all()
     assert len(chosen) <= (len(NAMES) + 1) * shots
     empty = (~labels.any(1)).sum()
     assert (~drawn.any(1)).sum() == min(shots, empty)
-    assert chosen == sample_multilabel(labels, shots, random.Random(1))
-    assert shots == 500 or chosen != sample_multilabel(labels, shots, random.Random(2))
+    assert chosen == Multilabel().draw(labels, shots, random.Random(1))
+    assert shots == 500 or chosen != Multilabel().draw(labels, shots, random.Random(2))
 
 
 @pytest.fixture
@@ -183,7 +185,9 @@ def test_chestmnist_has_fourteen_findings(tmp_path, monkeypatch):
         arrays[f"{part}_labels"] = np.eye(14, dtype=np.uint8).repeat(2, 0)
     np.savez(tmp_path / "chestmnist_64.npz", **arrays)
     source = open_source(DataConfig(root=tmp_path / "chestmnist_64.npz"))
-    assert source.name == "chestmnist" and source.multilabel and source.card.medical
+    assert (
+        source.name == "chestmnist" and source.target.name == "multilabel" and source.card.medical
+    )
     assert source.class_names == source.card.classes
     split = split_shots(source, 1, seed=1)
     assert (split.train.labels.sum(0) == 1).all() and len(split.test) == 28

@@ -39,7 +39,7 @@ def loader(method, data, **options):
 
 def solved(method, rest):
     head = nn.Linear(32, 3)
-    solve_head(head, features()[rest], LABELS[rest], method.penalties)
+    solve_head(head, method.target, features()[rest], LABELS[rest], method.penalties)
     return head
 
 
@@ -145,7 +145,7 @@ def test_heads_are_solved_anew_before_each_epoch_and_no_step_moves_them():
     assert not torch.equal(heads[3], method.head.weight)  # solved once more after the last step
     seen, labels = image_features(method, _in_order(method, data), make_accelerator("fp32"))
     expected = nn.Linear(32, 3)
-    solve_head(expected, seen, labels, method.penalties)
+    solve_head(expected, method.target, seen, labels, method.penalties)
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)
 
 
@@ -196,7 +196,7 @@ def test_prompts_are_pruned_before_the_heads_are_solved():
     method.mask.fill_(1)
     method.before_epoch(1, 2, [(inputs, LABELS, folds)], seen)
     expected = nn.Linear(32, 3)
-    solve_head(expected, *seen()[:2], method.penalties)
+    solve_head(expected, method.target, *seen()[:2], method.penalties)
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)
     assert not method.mask.all()
 
@@ -218,5 +218,5 @@ def test_heads_are_solved_on_images_without_augmentation():
         method, _in_order(method, images.dataset.samples), make_accelerator("fp32")
     )
     expected = nn.Linear(32, 3)
-    solve_head(expected, seen, labels, method.penalties)
+    solve_head(expected, method.target, seen, labels, method.penalties)
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,38 +32,6 @@ class Split:
     calibration: Samples | None = None
 
 
-def sample_shots(labels: Sequence[int], shots: int, rng: random.Random) -> list[int]:
-    """Indices of `shots` random samples of each class, classes in order of first appearance.
-
-    The selection of Dassl.pytorch's `DatasetBase.generate_fewshot_dataset` (commit c61a1b5), which
-    CoOp's published results use: a class with fewer than `shots` samples is kept whole, in order,
-    and draws nothing from `rng`.
-    """
-    classes: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        classes.setdefault(int(label), []).append(index)
-    return [
-        index
-        for items in classes.values()
-        for index in (rng.sample(items, shots) if len(items) >= shots else items)
-    ]
-
-
-def sample_multilabel(labels: np.ndarray, shots: int, rng: random.Random) -> list[int]:
-    """Indices of random samples that give each column of labels (N, C) at least `shots` positives.
-
-    Rare classes draw first, so that common ones come along with them and may exceed `shots`. Of
-    the images without any label there are `shots` too. What there is less of is taken whole.
-    """
-    chosen: list[int] = []
-    for column in labels.T[np.argsort(labels.sum(0), kind="stable")]:
-        missing = max(shots - int(column[chosen].sum()), 0)
-        free = np.setdiff1d(np.flatnonzero(column), chosen).tolist()
-        chosen += rng.sample(free, min(missing, len(free)))
-    empty = np.flatnonzero(~labels.any(1)).tolist()
-    return chosen + rng.sample(empty, min(shots, len(empty)))
-
-
 def split_data(source: Source, data: DataConfig) -> Split:
     """The split that `data` asks for; see `split_shots`."""
     return split_shots(
@@ -90,9 +57,9 @@ def split_shots(
 ) -> Split:
     """`shots` images a class (None: all) to train on, up to 4 to validate on, and the test part.
 
-    Multilabel, `shots` positives a class (see `sample_multilabel`). With `sampling` natural, as
-    many images as that is with balanced classes, drawn whatever their class: classes keep their
-    shares, and a rare one may get none.
+    The target says what a shot is (see `Target.draw`). With `sampling` natural, as many images as
+    that is with balanced classes, drawn whatever their class: classes keep their proportions, and a
+    rare one may get none.
 
     Data without a test part gives all that is not drawn to the test; if it names patients, those
     of the test are held out first, so that none is in both.
@@ -147,7 +114,7 @@ def split_shots(
         test = pool.take(np.flatnonzero(~np.isin(pool.names, train.names)))
     if len(test) == 0:
         raise InputError(f"{source.name}: the test part is empty: add images")
-    if not train.multilabel and len(np.unique(train.labels)) < 2:
+    if not train.target.learnable(train.labels):
         raise InputError(
             f"{source.name}: all {len(train)} images drawn to train on are of one class: raise "
             "data.shots, or give data.sampling=balanced"
@@ -169,21 +136,21 @@ def _draw(
     if per == "image" and sampling == "natural":
         return rng.sample(range(len(samples)), min(total, len(samples)))
     if per == "image":
-        sample = sample_multilabel if samples.multilabel else sample_shots
-        return sample(samples.labels, shots, rng)
+        return samples.target.draw(samples.labels, shots, rng)
     if sampling == "natural":
         known = sorted(set(samples.patients))
         drawn = rng.sample(known, min(total, len(known)))
         return np.flatnonzero(np.isin(samples.patients, drawn)).tolist()
     units = _units(source, samples)
     shown = list(dict.fromkeys(units))
-    chosen = {shown[i] for i in sample_shots([label for label, _ in shown], shots, rng)}
+    labels = np.array([label for label, _ in shown])
+    chosen = {shown[i] for i in samples.target.draw(labels, shots, rng)}
     return [i for i, unit in enumerate(units) if unit in chosen]
 
 
 def _units(source: Source, samples: Samples) -> list[tuple[int, str]]:
     """(class, patient) of each sample."""
-    if samples.multilabel:
+    if not samples.target.exclusive:
         raise InputError(
             f"{source.name}: shots of patients need one label an image: give "
             "data.sampling=natural, or data.shots_per=image"
@@ -223,7 +190,7 @@ def _split_patients(samples: Samples, seed: int) -> tuple[Samples, Samples]:
 
 def _check_counts(source: Source, samples: Samples, shots: int, per: Per, spare: int) -> None:
     counts = samples.class_counts(len(source.class_names))
-    if per == "patient" and not samples.multilabel:
+    if per == "patient" and samples.target.exclusive:
         labels = [label for label, _ in set(_units(source, samples))]
         counts = np.bincount(labels, minlength=len(source.class_names))
     for name, count in zip(source.class_names, counts, strict=True):

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vpt import targets
 from vpt.config import Window
 from vpt.data.dicom import read_frame
 from vpt.errors import InputError
+from vpt.targets import Target
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 _DICOM_SUFFIXES = {".dcm", ".dicom"}
@@ -22,7 +24,8 @@ _DICOM_SUFFIXES = {".dcm", ".dicom"}
 class Samples:
     """Images with their labels, as files or as one uint8 array (N, H, W) or (N, H, W, 3).
 
-    `labels` is (N,) int64, or of multilabel data (N, C) float32 of 0 and 1; `names` identify the
+    `labels` are of the kind that `target` says, which is recognised unless it is given: class
+    numbers (N,) int64, or of multilabel data (N, C) float32 of 0 and 1. `names` identify the
     samples wherever the data lie: the path below the root, or `train/17` in an array. `windows` are
     those that DICOM files are read through.
     """
@@ -32,20 +35,18 @@ class Samples:
     names: list[str]
     patients: list[str] | None = None
     windows: tuple[Window, ...] | None = None
+    target: Target = None
+
+    def __post_init__(self) -> None:
+        if self.target is None:
+            object.__setattr__(self, "target", targets.of(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def multilabel(self) -> bool:
-        """Whether an image may have any number of the classes."""
-        return self.labels.ndim == 2
-
     def class_counts(self, num_classes: int) -> np.ndarray:
         """How many images each class has, (num_classes,)."""
-        if self.multilabel:
-            return self.labels.sum(0).astype(int)
-        return np.bincount(self.labels, minlength=num_classes)
+        return self.target.class_counts(self.labels, num_classes)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Samples":
         """The samples at `indices`, in that order."""

@@ -13,6 +13,7 @@ from vpt.data.cards import Card, load_card, plain_card
 from vpt.data.dicom import patient
 from vpt.data.images import Samples, is_dicom
 from vpt.errors import InputError, some
+from vpt.targets import Target
 
 __all__ = ["Samples", "Source", "open_source"]
 
@@ -29,9 +30,9 @@ class Source:
     parts: dict[str, Samples]
 
     @property
-    def multilabel(self) -> bool:
-        """Whether an image may have any number of the classes."""
-        return next(iter(self.parts.values())).multilabel
+    def target(self) -> Target:
+        """The kind of the labels."""
+        return next(iter(self.parts.values())).target
 
     @property
     def medical(self) -> bool:
@@ -66,7 +67,10 @@ def open_source(config: DataConfig) -> Source:
     class_names = _class_names(found, config, card, where=f"data.root={root}")
     if config.classes and set(config.classes) == set(found):  # the same names: another label order
         order = np.array([class_names.index(name) for name in found])
-        parts = {part: replace(s, labels=_reorder(s, order)) for part, s in parts.items()}
+        parts = {
+            part: replace(samples, labels=samples.target.reorder(samples.labels, order))
+            for part, samples in parts.items()
+        }
     templates = card.templates if config.templates is None else config.templates
     for template in templates or [""]:
         if template.count("{}") != 1:
@@ -79,13 +83,6 @@ def open_source(config: DataConfig) -> Source:
         augment=config.augment or card.augment,
         parts=parts,
     )
-
-
-def _reorder(samples: Samples, order: np.ndarray) -> np.ndarray:
-    """The labels where class i is called `order[i]`."""
-    if samples.multilabel:
-        return samples.labels[:, np.argsort(order)]
-    return order[samples.labels]
 
 
 def _class_names(found: list[str], config: DataConfig, card: Card, where: str) -> list[str]:

@@ -22,7 +22,7 @@ from vpt.data.images import check_images, list_images
 from vpt.data.loaders import make_loader
 from vpt.data.sources import Samples, Source, open_source
 from vpt.engine.decision import Decision, resampled_figures
-from vpt.engine.evaluate import EVAL_BATCH, metrics
+from vpt.engine.evaluate import EVAL_BATCH
 from vpt.engine.evaluate import predict as logits_and_labels
 from vpt.engine.progress import Log
 from vpt.engine.run import NOTICE, RunFolder
@@ -95,8 +95,8 @@ def evaluate(
     patients = [patient for test in tests for patient in test.patients or []] or None
     decision = Decision(**metadata["decision"]) if "decision" in metadata else None
     return {
-        **metrics(logits, labels),
-        **resampled_figures(logits, labels, source.class_names, patients, decision),
+        **model.target.metrics(logits, labels),
+        **resampled_figures(model.target, logits, labels, source.class_names, patients, decision),
         **({"notice": NOTICE} if metadata.get("medical") else {}),
     }
 
@@ -144,7 +144,11 @@ def predict(
     samples = Samples(files, np.zeros(len(files), np.int64), names, windows=windows)
     loader = make_loader(samples, model.backbone.preprocess, EVAL_BATCH)
     logits, _ = logits_and_labels(model, loader, metadata.get("precision", "auto"))
-    decision = Decision(**metadata.get("decision", {"multilabel": model.multilabel}))
+    decision = Decision(**metadata.get("decision", {}))
     notice = {"notice": NOTICE} if metadata.get("medical") else {}
     for file, row in zip(files, logits, strict=True):
-        yield {"path": str(file), **decision.describe(row, model.class_names), **notice}
+        yield {
+            "path": str(file),
+            **decision.describe(model.target, row, model.class_names),
+            **notice,
+        }

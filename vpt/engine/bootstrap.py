@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from vpt.targets import Target
 
 RESAMPLES = 1000
 FEW_CLASSES = 20  # with more, classes have no figures, and areas no intervals, of their own
@@ -35,39 +36,29 @@ def intervals(
 
 
 def figure_intervals(
+    target: Target,
     logits: Tensor,
     labels: Tensor,
     class_names: Sequence[str],
     patients: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Intervals of the figures of `evaluate.metrics`, as `NAME_interval`.
+    """Intervals of the metrics of `target`, as `NAME_interval`.
 
     Up to FEW_CLASSES also those of the areas, and `per_class` the rates of each class against the
     rest (see `class_rates`).
 
     Args:
+        target: the kind of `labels`.
         logits: (N, C).
-        labels: (N,), or (N, C) of multilabel data.
+        labels: N of them.
         class_names: in label order.
         patients: one an image.
     """
-    multilabel, few = labels.dim() == 2, len(class_names) <= FEW_CLASSES
-    truth = one_hot(labels, len(class_names))
-    if multilabel:
-        predicted, scores = logits > 0, logits
-    else:
-        predicted, scores = one_hot(logits.argmax(-1), len(class_names)), logits.softmax(-1)
+    few, truth = len(class_names) <= FEW_CLASSES, target.truth(labels, len(class_names))
+    predicted, scores = target.predicted(logits), target.scores(logits)
 
     def statistic(weights: Tensor) -> Tensor:
-        hit, claimed, positive, total = _counts(truth, predicted, weights)
-        correct = total - positive - claimed + 2 * hit
-        sensitivity, specificity = hit / positive, (correct - hit) / (total - positive)
-        if multilabel:
-            accuracy, recall = (correct / total).mean(1), (sensitivity + specificity) / 2
-        else:
-            accuracy, recall = hit.sum(1) / total[:, 0], sensitivity
-        occurs = (positive > 0) & ((positive < total) | (not multilabel))
-        f1 = torch.where(occurs, 2 * hit / (claimed + positive), torch.nan)
+        accuracy, recall, f1 = target.averages(*_counts(truth, predicted, weights))
         figures = [accuracy, recall.nanmean(1), f1.nanmean(1)]
         if few:
             pairs = [_areas(s, t, weights) for s, t in zip(scores.T, truth.T, strict=True)]
@@ -128,11 +119,6 @@ def share_interval(
     names = np.arange(len(images)) if patients is None else np.array(patients)
     edge = 0.025 ** (1 / len(np.unique(names[images.numpy()])))
     return [edge, 1.0] if share else [0.0, 1 - edge]
-
-
-def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Which classes an image has, as bool (N, C), of labels (N,) or (N, C)."""
-    return labels.bool() if labels.dim() == 2 else F.one_hot(labels, num_classes).bool()
 
 
 def _draw(count: int, patients: Sequence[str] | None) -> Iterator[Tensor]:

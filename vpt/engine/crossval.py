@@ -1,21 +1,18 @@
 """Whether training makes a method better than it starts: cross-validated on the training images."""
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from scipy.stats import ttest_1samp
-from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from vpt.engine.decision import best_temperature
-from vpt.engine.evaluate import num_correct
 from vpt.engine.progress import Log
 from vpt.engine.training_set import TrainingSet
 from vpt.methods import Method
+from vpt.targets import Target
 
 ENOUGH = 400  # held-out images to judge by; folds after that many are left out
 LEVEL = 0.05  # of the one-sided test that training helps
@@ -52,18 +49,13 @@ def training_helps(
     """
     untrained = {name: tensor.clone() for name, tensor in model.artifact_tensors().items()}
     labels, patients = images.labels, images.patients
-    multilabel = labels.ndim == 2
+    target = model.target
     log("cross-validation: trains on parts of the training images first")
     judged, answers = [], []
-    for seen, held in _folds(labels, patients, folds):
+    for seen, held in target.splits(labels, patients, folds):
         if sum(map(len, judged)) >= ENOUGH:
             break
-        # an answer that was never learned, of endless loss, is nothing to judge by
-        if multilabel:
-            unlearned = torch.from_numpy(labels[seen].min(0) == labels[seen].max(0))
-        else:
-            held = held[np.isin(labels[held], labels[seen])]
-            unlearned = []
+        held, unlearned = target.comparable(labels, seen, held)
         if not len(held):
             continue
         learned, test = images.part(seen, learn=True), images.part(held, learn=False)
@@ -80,10 +72,12 @@ def training_helps(
         return False
     held = np.concatenate(judged)
     first, trained, truth = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    gain = (_log_loss(first, truth) - _log_loss(trained, truth)).numpy()
-    before, after = (100 * num_correct(logits, truth) / len(held) for logits in (first, trained))
+    gain = (_log_loss(target, first, truth) - _log_loss(target, trained, truth)).numpy()
+    before, after = (100 * target.num_correct(x, truth) / len(held) for x in (first, trained))
     if balanced:
-        gain *= len(held) / np.bincount(labels[held])[labels[held]]
+        present, classes = target.truth(truth, first.shape[1]).numpy(), model.class_names
+        counts = target.class_counts(labels[held], len(classes)).clip(min=1)
+        gain *= (len(held) * present / counts).sum(1)
     if patients:  # images of one patient are not independent
         _, patient = np.unique([patients[i] for i in held], return_inverse=True)
         gain = np.bincount(patient, gain) / np.bincount(patient)
@@ -99,36 +93,12 @@ def training_helps(
 def assign_folds(images: TrainingSet, folds: int) -> np.ndarray:
     """Which of `folds` holds out each image (N,), from 0; `folds` itself where none does."""
     numbers = np.full(len(images.labels), folds)
-    for fold, (_, held) in enumerate(_folds(images.labels, images.patients, folds)):
+    for fold, (_, held) in enumerate(images.target.splits(images.labels, images.patients, folds)):
         numbers[held] = fold
     return numbers
 
 
-def _folds(
-    labels: np.ndarray, patients: list[str] | None, folds: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions to learn from and to hold out."""
-    units, multilabel = patients or range(len(labels)), labels.ndim == 2
-    if multilabel:
-        splitter, most = GroupKFold if patients else KFold, len(set(units))
-    else:
-        splitter = StratifiedGroupKFold if patients else StratifiedKFold
-        pairs = set(zip(labels.tolist(), units, strict=True))
-        most = np.sort(np.bincount([label for label, _ in pairs]))[-2:][0]
-    if min(folds, most) < 2:
-        return
-    split = splitter(min(folds, most), shuffle=True, random_state=0).split
-    with warnings.catch_warnings(action="ignore"):  # of classes that some folds lack
-        parts = list(split(labels, labels, patients))
-    for seen, held in parts:
-        if multilabel or len(np.unique(labels[seen])) > 1:
-            yield seen, held
-
-
-def _log_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each image (N,), at the temperature that is best for all."""
-    scaled = logits.double() / best_temperature(logits, labels)
-    if labels.dim() == 2:
-        losses = F.binary_cross_entropy_with_logits(scaled, labels.double(), reduction="none")
-        return losses.mean(1)
-    return F.cross_entropy(scaled, labels, reduction="none")
+def _log_loss(target: Target, logits: Tensor, labels: Tensor) -> Tensor:
+    """Log loss of each image (N,), at the temperature that is best for all."""
+    scaled = logits.double() / best_temperature(target, logits, labels)
+    return target.losses(scaled, labels)

@@ -15,17 +15,10 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from vpt.config import DecisionConfig, Strict
-from vpt.engine.bootstrap import (
-    class_rates,
-    figure_intervals,
-    intervals,
-    one_hot,
-    share_interval,
-)
-from vpt.engine.evaluate import calibration_error, num_correct
+from vpt.engine.bootstrap import class_rates, figure_intervals, intervals, share_interval
 from vpt.engine.progress import Log
 from vpt.errors import InputError, nearest
-from vpt.methods.base import cross_entropy
+from vpt.targets import Target
 
 LEAST_CALIBRATION = 19  # images a class; with fewer, a 95 % prediction set holds every class
 NEVER = 2.0  # a threshold above every probability
@@ -34,41 +27,31 @@ NEVER = 2.0  # a threshold above every probability
 class Decision(Strict):
     """What was fitted. Probabilities are those after division of logits by `temperature`."""
 
-    multilabel: bool = False
+    multilabel: bool = False  # for versions that know no other target
     temperature: float = 1.0
     thresholds: dict[str, float] = Field({})  # class → the least probability at which it is called
     quantiles: dict[str, float] = Field({})  # class → 1 - the least probability in a prediction set
     refer_below: float | None = None  # images whose largest probability is less are referred
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, target: Target, logits: Tensor) -> Tensor:
         """Calibrated probabilities (N, C), float64, of logits (N, C)."""
-        scaled = logits.double() / self.temperature
-        return scaled.sigmoid() if self.multilabel else scaled.softmax(-1)
+        return target.probabilities(logits.double() / self.temperature)
 
-    def describe(self, logits: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-        """The decision on the logits (C,) of one image.
+    def describe(
+        self, target: Target, logits: Tensor, class_names: Sequence[str]
+    ) -> dict[str, Any]:
+        """The decision on the logits (C,) of one image: see `Target.describe`.
 
-        Always `probabilities`. Of multilabel data, `labels`: the classes called, at 0.5 where they
-        have no threshold. Otherwise `class` and its `probability`, and, where they were fitted,
-        `called`: the classes at or above their threshold, `set`: the prediction set, and `refer`.
+        Where they were fitted, with `set`: the prediction set, and `refer`.
         """
-        row = self.probabilities(logits[None])
+        row = self.probabilities(target, logits[None])
         probabilities = dict(zip(class_names, row[0].tolist(), strict=True))
-        described: dict[str, Any] = {"probabilities": probabilities}
-        if self.multilabel:
-            least = dict.fromkeys(class_names, 0.5) | self.thresholds
-            called = [name for name in class_names if probabilities[name] >= least[name]]
-            return {"labels": called, **described}
-        best = max(probabilities, key=probabilities.get)
-        described = {"class": best, "probability": probabilities[best], **described}
-        if self.thresholds:
-            least = self.thresholds
-            described["called"] = [name for name in least if probabilities[name] >= least[name]]
+        described = target.describe(probabilities, self.thresholds)
         if self.quantiles:
             members = self.sets(row, class_names)[0].nonzero().flatten()
             described["set"] = [class_names[index] for index in members]
         if self.refer_below is not None:
-            described["refer"] = probabilities[best] < self.refer_below
+            described["refer"] = row.max().item() < self.refer_below
         return described
 
     def sets(self, probabilities: Tensor, class_names: Sequence[str]) -> Tensor:
@@ -77,16 +60,18 @@ class Decision(Strict):
         return 1 - probabilities <= torch.tensor(most, dtype=torch.float64)
 
 
-def check_decision(config: DecisionConfig, labels: Tensor, class_names: Sequence[str]) -> None:
-    """Refuses what labels (N,) or (N, C) of the calibration images can't give.
+def check_decision(
+    config: DecisionConfig, target: Target, labels: Tensor, class_names: Sequence[str]
+) -> None:
+    """Refuses what the `labels` of the calibration images can't give.
 
     Raises:
         InputError: a class that is not there, is named twice, or is that of all or no images;
-            sets or referring for multilabel data.
+            sets or referring where an image is not of one class.
     """
-    if labels.dim() == 2 and (config.alpha or config.coverage):
+    if (config.alpha or config.coverage) and not target.exclusive:
         raise InputError("decision.alpha and decision.coverage need data with one class an image")
-    truth = one_hot(labels, len(class_names))
+    truth = target.truth(labels, len(class_names))
     for rate in ("sensitivity", "specificity"):
         for name in getattr(config, rate):
             where = f"decision.{rate}.{name}"
@@ -104,12 +89,13 @@ def check_decision(config: DecisionConfig, labels: Tensor, class_names: Sequence
 
 def fit_decision(
     config: DecisionConfig,
+    target: Target,
     logits: Tensor,
     labels: Tensor,
     class_names: Sequence[str],
     log: Log = print,
 ) -> Decision:
-    """What `config` asks for, from logits (N, C) and labels (N,) or (N, C) of calibration images.
+    """The decision that `config` asks for, from logits (N, C) and labels of calibration images.
 
     Temperature: that of least log-loss (Guo et al. 2017). Thresholds: the highest with at least
     the wanted sensitivity, or the lowest with at least the wanted specificity, ties counted. Sets:
@@ -118,10 +104,10 @@ def fit_decision(
 
     `check_decision` says whether it can be had.
     """
-    temperature = _temperature(logits, labels, log) if config.temperature else 1.0
-    decision = Decision(multilabel=labels.dim() == 2, temperature=temperature)
-    probabilities = decision.probabilities(logits)
-    truth = one_hot(labels, len(class_names))
+    temperature = _temperature(target, logits, labels, log) if config.temperature else 1.0
+    decision = Decision(multilabel=target.name == "multilabel", temperature=temperature)
+    probabilities = decision.probabilities(target, logits)
+    truth = target.truth(labels, len(class_names))
     fitted: dict[str, Any] = {"thresholds": _thresholds(config, probabilities, truth, class_names)}
     if config.alpha:
         fitted["quantiles"] = _quantiles(probabilities, labels, config.alpha, class_names, log)
@@ -133,23 +119,25 @@ def fit_decision(
 
 def achieved(
     decision: Decision,
+    target: Target,
     logits: Tensor,
     labels: Tensor,
     class_names: Sequence[str],
     patients: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What `decision` achieves on test logits (N, C) and labels (N,) or (N, C).
+    """Metrics of `decision` on test logits (N, C) and their labels.
 
     ECE before and after calibration; of each threshold its sensitivity and specificity; of the
-    prediction sets their mean size and each class's coverage; of referring, the share of images
-    decided and the accuracy on them. Shares come with 95 % intervals, resampling `patients`.
+    prediction sets their mean size and each class's coverage; of referring, the proportion of
+    images decided and the accuracy on them. Proportions come with 95 % intervals, resampling
+    `patients`.
     """
-    probabilities = decision.probabilities(logits)
-    truth = one_hot(labels, len(class_names))
+    probabilities = decision.probabilities(target, logits)
+    truth = target.truth(labels, len(class_names))
     found: dict[str, Any] = {
         "temperature": decision.temperature,
-        "ece_before": calibration_error(logits, labels),
-        "ece_after": calibration_error(logits.double() / decision.temperature, labels),
+        "ece_before": target.calibration_error(logits, labels),
+        "ece_after": target.calibration_error(logits.double() / decision.temperature, labels),
     }
     if decision.thresholds:
         columns = [class_names.index(name) for name in decision.thresholds]
@@ -188,36 +176,38 @@ def achieved(
 
 
 def resampled_figures(
+    target: Target,
     logits: Tensor,
     labels: Tensor,
     class_names: Sequence[str],
     patients: Sequence[str] | None,
     decision: Decision | None,
 ) -> dict[str, Any]:
-    """95 % intervals of the figures, and, where there is one, what the decision achieves."""
-    figures = figure_intervals(logits, labels, class_names, patients)
+    """95 % intervals of the metrics, and, where there is one, what the decision achieves."""
+    found = figure_intervals(target, logits, labels, class_names, patients)
     if decision is not None:
-        figures["decision"] = achieved(decision, logits, labels, class_names, patients)
-    return figures
+        found["decision"] = achieved(decision, target, logits, labels, class_names, patients)
+    return found
 
 
-def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """What to divide logits (N, C) by for the lowest log loss (Guo et al. 2017).
+def best_temperature(target: Target, logits: Tensor, labels: Tensor) -> float:
+    """The divisor of logits (N, C) that gives the lowest log loss (Guo et al. 2017).
 
     Between e^-10, where all are right, and e^10, where all are guessed.
     """
 
     def log_loss(log_temperature: float) -> float:
-        return cross_entropy(logits.double() / math.exp(log_temperature), labels).item()
+        return target.loss(logits.double() / math.exp(log_temperature), labels).item()
 
     return math.exp(minimize_scalar(log_loss, bounds=(-10, 10), method="bounded").x)
 
 
-def _temperature(logits: Tensor, labels: Tensor, log: Log) -> float:
-    if num_correct(logits, labels) == len(labels):  # the log loss falls for ever as it nears 0
+def _temperature(target: Target, logits: Tensor, labels: Tensor, log: Log) -> float:
+    if target.num_correct(logits, labels) == len(labels):
+        # the log loss falls for ever as the temperature nears 0
         log(f"all {len(labels)} calibration images are right: the temperature stays at 1")
         return 1.0
-    temperature = best_temperature(logits, labels)
+    temperature = best_temperature(target, logits, labels)
     if temperature > math.exp(9):  # only the bound keeps it finite
         log(
             "warning: on the calibration images the model is no better than guessing: the "

@@ -13,7 +13,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocC
 from torch import Tensor
 
 from vpt.artifact import write_atomically
-from vpt.engine.bootstrap import one_hot
+from vpt.targets import Target
 
 LABELLED = 25  # more classes than this are drawn without names and counts
 
@@ -36,19 +36,16 @@ def draw_confusion(matrix: Tensor, class_names: Sequence[str], path: Path, note:
     save(figure, path)
 
 
-def draw_reliability(probabilities: Mapping[str, Tensor], labels: Tensor, bins: int = 10) -> Figure:
+def draw_reliability(
+    target: Target, probabilities: Mapping[str, Tensor], labels: Tensor, bins: int = 10
+) -> Figure:
     """Frequency over confidence, a line for each of `probabilities`, such as before and after.
 
-    Probabilities are (N, C). With labels (N,), confidence is that of the most probable class, and
-    frequency its accuracy; with (N, C), those of every class's yes.
+    Probabilities are (N, C); `Target.reliability` says of which predictions.
     """
     figure, axes = _square("reliability")
     for name, values in probabilities.items():
-        if labels.dim() == 2:
-            right, confidence = labels.flatten(), values.flatten()
-        else:
-            confidence, best = values.max(-1)
-            right = best == labels
+        right, confidence = target.reliability(values, labels)
         right, confidence = right.numpy().astype(int), confidence.clamp(0, 1).numpy()
         CalibrationDisplay.from_predictions(
             right, confidence, n_bins=bins, strategy="quantile", name=name, pos_label=1, ax=axes
@@ -57,14 +54,16 @@ def draw_reliability(probabilities: Mapping[str, Tensor], labels: Tensor, bins: 
     return figure
 
 
-def draw_roc(probabilities: Tensor, labels: Tensor, class_names: Sequence[str]) -> Figure:
+def draw_roc(
+    target: Target, probabilities: Tensor, labels: Tensor, class_names: Sequence[str]
+) -> Figure:
     """Sensitivity over 1 - specificity of each class against the rest, with its area.
 
-    Probabilities are (N, C), labels (N,) or (N, C). Classes without both kinds of images have no
-    curve; of two classes, the second's is drawn.
+    Probabilities are (N, C). Classes without both kinds of images have no curve; see also
+    `Target.curves`.
     """
     figure, axes = _square("ROC")
-    for truth, scores, name in _curves(probabilities, labels, class_names):
+    for truth, scores, name in _curves(target, probabilities, labels, class_names):
         RocCurveDisplay.from_predictions(truth, scores, name=name, ax=axes)
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity")
@@ -72,11 +71,11 @@ def draw_roc(probabilities: Tensor, labels: Tensor, class_names: Sequence[str]) 
 
 
 def draw_precision_recall(
-    probabilities: Tensor, labels: Tensor, class_names: Sequence[str]
+    target: Target, probabilities: Tensor, labels: Tensor, class_names: Sequence[str]
 ) -> Figure:
     """Precision over sensitivity, with the average precision; see `draw_roc`."""
     figure, axes = _square("precision and recall")
-    for truth, scores, name in _curves(probabilities, labels, class_names):
+    for truth, scores, name in _curves(target, probabilities, labels, class_names):
         PrecisionRecallDisplay.from_predictions(truth, scores, name=name, ax=axes)
     axes.set(xlabel="sensitivity (recall)", ylabel="precision")
     return figure
@@ -111,12 +110,11 @@ def _square(title: str) -> tuple[Figure, Axes]:
 
 
 def _curves(
-    probabilities: Tensor, labels: Tensor, class_names: Sequence[str]
+    target: Target, probabilities: Tensor, labels: Tensor, class_names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
     """Truth, scores and name of each class that has a curve."""
-    truth = one_hot(labels, len(class_names)).numpy()
-    first = 1 if len(class_names) == 2 and labels.dim() == 1 else 0
-    for index in range(first, len(class_names)):
+    truth = target.truth(labels, len(class_names)).numpy()
+    for index in target.curves(len(class_names)):
         column = truth[:, index]
         if column.any() and not column.all():
             name = class_names[index].replace("$", r"\$")

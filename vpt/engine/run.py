@@ -19,7 +19,7 @@ from vpt.data.loaders import make_loader
 from vpt.data.sources import Samples, Source, open_source
 from vpt.engine.accelerator import processes
 from vpt.engine.decision import check_decision, fit_decision, resampled_figures
-from vpt.engine.evaluate import EVAL_BATCH, confusion, metrics, predict
+from vpt.engine.evaluate import EVAL_BATCH, confusion, predict
 from vpt.engine.figures import draw_confusion
 from vpt.engine.progress import Log
 from vpt.engine.train import Record, check_loss, fit
@@ -115,7 +115,7 @@ def run(
         backbone,
         config.method.name,
         class_names=source.class_names,
-        multilabel=source.multilabel,
+        target=source.target,
         **method_options(config, source),
     )
     check_loss(config.train.loss, model)
@@ -187,13 +187,17 @@ def run(
     if calibration is not None:
         part = "validation" if split.calibration is None else "calibration"
         log(f"decision: fitted on {len(calibration)} {part} images")
-        decision = fit_decision(config.decision, *outputs(calibration), source.class_names, log)
+        decision = fit_decision(
+            config.decision, model.target, *outputs(calibration), source.class_names, log
+        )
         details["decision"] = decision.model_dump()
     logits, labels = outputs(split.test)
-    figures = metrics(logits, labels)
+    figures = model.target.metrics(logits, labels)
     result = {
         **figures,
-        **resampled_figures(logits, labels, source.class_names, split.test.patients, decision),
+        **resampled_figures(
+            model.target, logits, labels, source.class_names, split.test.patients, decision
+        ),
         **({"notice": NOTICE} if source.medical else {}),
         "tunable_parameters": tunable,
         "stored_parameters": stored,  # of the artefact, whether a step trains them or not
@@ -217,7 +221,7 @@ def run(
         keep(history)
         artifact.save(model, folder.prompt, **details, figures=figures)
         artifact.write_atomically(folder.result, json.dumps(result, indent=2).encode())
-        if not source.multilabel:
+        if source.target.exclusive:
             matrix, note = confusion(logits, labels), NOTICE if source.medical else ""
             draw_confusion(matrix, source.class_names, folder.confusion, note)
         folder.checkpoint.unlink(missing_ok=True)
@@ -256,7 +260,8 @@ def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | N
             f"decision: {source.name} has no calibration and no validation images: give "
             "data.calibration=SHARE, or add a val part"
         )
-    check_decision(config.decision, torch.from_numpy(samples.labels), source.class_names)
+    labels = torch.from_numpy(samples.labels)
+    check_decision(config.decision, samples.target, labels, source.class_names)
     return samples
 
 
@@ -287,9 +292,8 @@ def describe(source: Source, split: Split, data: DataConfig) -> str:
     patients = f" from {len(set(split.train.patients))} patients" if split.train.patients else ""
     held = f", {len(split.calibration)} calibration" if split.calibration else ""
     val = f", {len(split.val)} validation" if split.val is not None else ""
-    number = ", any number an image" if source.multilabel else ""
     return (
-        f"{source.name}{shots}, {len(source.class_names)} classes{number}, "
+        f"{source.name}{shots}, {len(source.class_names)} classes{source.target.wording}, "
         f"{len(split.train)} training"
         f"{patients}{val}{held}, {len(split.test)} test images, split {split.hash}"
     )

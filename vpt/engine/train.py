@@ -17,14 +17,14 @@ from vpt.artifact import write_atomically
 from vpt.config import EngineConfig, TrainConfig, validate
 from vpt.engine.accelerator import make_accelerator
 from vpt.engine.crossval import assign_folds, training_helps
-from vpt.engine.evaluate import metrics, num_correct, predict
+from vpt.engine.evaluate import evaluate, predict
 from vpt.engine.features import FrozenFeatures, image_features
 from vpt.engine.losses import log_class_weights, make_criterion
 from vpt.engine.progress import EpochBar, Log
 from vpt.engine.training_set import TrainingSet
 from vpt.errors import InputError
 from vpt.methods import Method
-from vpt.methods.base import Batch, cross_entropy
+from vpt.methods.base import Batch
 from vpt.methods.linear_probe import FOLDS
 
 Record = dict[str, Any]
@@ -78,7 +78,7 @@ def fit(
             f"{accelerator.num_processes} processes: give a multiple"
         )
     check_loss(config.loss, model)
-    images = TrainingSet(train)
+    images = TrainingSet(train, model.target)
     if config.folds:
         images.check_parts(f"train.folds={config.folds}")
     if model.cross_fitted:
@@ -108,7 +108,7 @@ def fit(
         model.solve(seen, labels)
         with torch.no_grad():
             logits = model.logits(seen.to(accelerator.device)).cpu()
-        return [_record(logits, labels, begin)]
+        return [_record(model, logits, labels, begin)]
     optimizer = make_optimizer(model, config)
     history = _resume(checkpoint, model, optimizer)
     if config.folds and not history:
@@ -116,7 +116,7 @@ def fit(
         plainly = engine.model_copy(update={"compile": False})  # a fold is too short to pay for it
 
         def start(part: DataLoader) -> None:
-            part = TrainingSet(part).plain
+            part = TrainingSet(part, model.target).plain
             seen = partial(image_features, model, part, accelerator)
             model.before_epoch(0, config.epochs, part, seen)
 
@@ -129,7 +129,7 @@ def fit(
         accelerator = make_accelerator(config.precision, engine.compile)
         if not helps:
             model.before_epoch(0, config.epochs, plain, features)
-            return [_record(*answer(plain), begin)]
+            return [_record(model, *answer(plain), begin)]
     if model.cross_fitted:
         train, plain = images.numbered(assign_folds(images, FOLDS), other=FOLDS)
         shown = accelerator.prepare(plain)  # once, so that its workers keep what they have decoded
@@ -171,7 +171,7 @@ def fit(
                 model.after_training(features)
             record = {"epoch": epoch, "lr": lr, "loss": loss / count, "accuracy": correct / count}
             if val is not None:
-                record["val_accuracy"] = metrics(*predict(model, val, config.precision))["accuracy"]
+                record["val_accuracy"] = evaluate(model, val, config.precision)["accuracy"]
             now = time.perf_counter()
             record["seconds"], begin = now - begin, now
             history.append(record)
@@ -229,7 +229,7 @@ class _Step(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor, *folds: Tensor) -> tuple[Tensor, Tensor]:
         loss, logits = self.loss(inputs, labels, *folds)
-        return loss, num_correct(logits, labels)
+        return loss, self.model.target.num_correct(logits, labels)
 
 
 def check_loss(name: str, model: Method) -> None:
@@ -242,13 +242,13 @@ def check_loss(name: str, model: Method) -> None:
         return
     if model.solved:
         raise InputError(f"train.loss={name}: {model.name} is solved without it: drop it")
-    if model.multilabel:
+    if not model.target.exclusive:
         raise InputError(f"train.loss={name}: multilabel data has cross_entropy only: drop it")
 
 
 def _set_loss(model: Method, name: str, images: TrainingSet) -> None:
     """Have `model` train by the loss called `name`, for the training images as they are."""
-    model.criterion, model.log_weights = cross_entropy, None
+    model.criterion, model.log_weights = model.target.loss, None
     if name == "cross_entropy":
         return
     labels = [torch.from_numpy(images.labels)] if images.own else [y for _, y in images.loader]
@@ -257,9 +257,9 @@ def _set_loss(model: Method, name: str, images: TrainingSet) -> None:
     model.criterion = make_criterion(name, model.log_weights)
 
 
-def _record(logits: Tensor, labels: Tensor, begin: float) -> Record:
-    """That of a method which no step trained, from its answers to the training images."""
-    accuracy = (num_correct(logits, labels) / len(labels)).item()
+def _record(model: Method, logits: Tensor, labels: Tensor, begin: float) -> Record:
+    """The only record of a method trained without gradient steps."""
+    accuracy = (model.target.num_correct(logits, labels) / len(labels)).item()
     return {"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}
 
 

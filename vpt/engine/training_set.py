@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from vpt.data.loaders import EpochSampler, ImageDataset, make_loader
 from vpt.engine.evaluate import EVAL_BATCH
 from vpt.errors import InputError
+from vpt.targets import Target
 
 Collate = Callable[[list[Any]], tuple[Tensor, Tensor]]
 
@@ -22,11 +23,12 @@ class TrainingSet:
 
     Attributes:
         loader: from `make_loader`, or any other.
+        target: the kind of its labels.
         own: `make_loader(…, train=True)` made it: all of its data set is trained on.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
+    def __init__(self, loader: DataLoader, target: Target) -> None:
+        self.loader, self.target = loader, target
         self.own = isinstance(loader.sampler, EpochSampler)
 
     def check_parts(self, setting: str) -> None:
@@ -59,7 +61,7 @@ class TrainingSet:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(N,), or of multilabel data (N, C)."""
+        """Labels of the N images."""
         dataset = self.loader.dataset
         if isinstance(dataset, ImageDataset):  # nothing need be decoded
             return dataset.samples.labels[self.places]

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from vpt import backbones
+from vpt import backbones, targets
 from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict, validate
 from vpt.errors import InputError, nearest
 from vpt.methods.base import Method
+from vpt.targets import Target
 
 __all__ = ["Method", "attach", "check_options", "names"]
 
@@ -52,6 +53,7 @@ def attach(
     class_names: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
     multilabel: bool = False,
+    target: str | type[Target] | Target | None = None,
     **options: Any,
 ) -> Method:
     """A prompted model on `backbone`, which stays as it is for its other users.
@@ -62,11 +64,12 @@ def attach(
         num_classes: how many classes, where `class_names` are not given.
         class_names: in label order; methods with a text tower need them.
         tokenizer: texts → token ids (N, T), for CLIP methods; None: CLIP's own.
-        multilabel: whether an image may have any number of the classes.
+        multilabel: an image may have any number of the classes: short for `target="multilabel"`.
+        target: the kind of the labels: a name under vpt/targets, or a class of one's own.
         **options: of the method, such as `num_tokens=10`.
 
     Raises:
-        InputError: unsupported backbone, unknown method or option, missing class names.
+        InputError: unsupported backbone, unknown method, option or target, missing class names.
     """
     cls = find(method) if isinstance(method, str) else method
     checked = check_options(cls, options)
@@ -81,9 +84,8 @@ def attach(
         raise InputError(f"num_classes={num_classes}, but {len(class_names)} class_names")
     if len(class_names) < 2:
         raise InputError(f"{cls.name} needs at least two classes, got {list(class_names)}")
-    texts = list(class_names)
-    if multilabel and reads_names:  # see Method.similarities
-        texts += [f"no {name}" for name in class_names]
+    target = targets.find(target or ("multilabel" if multilabel else "multiclass"))
+    texts = target.texts(class_names) if reads_names else list(class_names)
     model = cls(adapted, texts, checked, tokenizer)
-    model.class_names, model.multilabel = list(class_names), multilabel
+    model.class_names, model.target = list(class_names), target
     return model.to(adapted.device)

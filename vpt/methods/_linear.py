@@ -108,7 +108,7 @@ class LinearReadout(Method):
         self, head: Head, features: Tensor, labels: Tensor, penalties: Tensor | None
     ) -> Tensor:
         """`solve_head`, with the classes weighted as the loss does."""
-        penalties = solve_head(head, features, labels, penalties)
+        penalties = solve_head(head, self.target, features, labels, penalties)
         if self.log_weights is not None:
             with torch.no_grad():
                 head.bias.add_(self.log_weights.to(head.bias))

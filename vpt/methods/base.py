@@ -12,17 +12,12 @@ from vpt.backbones.base import Backbone, Prompts, share
 from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
+from vpt.targets import Target
+from vpt.targets.multiclass import Multiclass
 
 # images or features, labels, and of a cross-fitted method the folds that hold them out
 Batch = tuple[Tensor, ...]
 Criterion = Callable[[Tensor, Tensor], Tensor]  # of logits (B, C) and labels: a mean loss
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss of logits (B, C): of a softmax for labels (B,), of C sigmoids for (B, C)."""
-    if labels.dim() == 2:
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
 
 
 class Method(nn.Module):
@@ -37,8 +32,7 @@ class Method(nn.Module):
         reads_text: True where it needs class names, on a backbone with a text tower.
         options: checked options.
         class_names: in label order.
-        multilabel: True where an image may have any number of the classes: labels are (B, C) of 0
-            and 1, and each class has a sigmoid of its own.
+        target: the kind of its labels.
         criterion: the loss of logits (B, C) and labels; `fit` sets it to the one it is told.
         log_weights: (C,), how that loss weighs the classes; `fit` sets it. None: alike.
         solved: True where the method is solved in closed form from features, not by gradients;
@@ -57,8 +51,8 @@ class Method(nn.Module):
     frozen_features: ClassVar[bool] = False
     cross_fitted = False
     is_folded = False
-    multilabel = False
-    criterion: Criterion = staticmethod(cross_entropy)
+    target: Target = Multiclass()
+    criterion: Criterion | None = None
     log_weights: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
@@ -109,16 +103,11 @@ class Method(nn.Module):
         return self.logits(self.features(images))
 
     def similarities(self, features: Tensor, texts: Tensor) -> Tensor:
-        """Scaled cosine similarities (B, C) of features (B, dim) and texts (C, dim) or (B, C, dim).
+        """Logits (B, C): scaled cosine similarities of features (B, dim) to the target's texts.
 
-        Multilabel: texts are the C classes' and then their opposites' (`no NAME`), and logits the
-        differences, as zero-shot reading of X-rays does (CheXzero, Tiu et al. 2022).
+        Texts are (T, dim) or (B, T, dim), of the names that `Target.texts` gives.
         """
-        similarities = self.backbone.similarity(features, texts)
-        if not self.multilabel:
-            return similarities
-        present, absent = similarities.chunk(2, dim=-1)
-        return present - absent
+        return self.target.contrast(self.backbone.similarity(features, texts))
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Training loss (a scalar) on labels (B,) or (B, C), and the logits (B, C)."""
@@ -127,7 +116,7 @@ class Method(nn.Module):
     def feature_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same from image features (B, feature_dim)."""
         logits = self.logits(features)
-        return self.criterion(logits, labels), logits
+        return (self.criterion or self.target.loss)(logits, labels), logits
 
     def before_epoch(
         self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]

@@ -14,6 +14,7 @@ from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.methods.base import Head, Method
+from vpt.targets import Target
 
 PENALTIES = np.logspace(-5, 2, 15)  # scikit-learn's C, the inverse strength
 FOLDS = 5
@@ -41,53 +42,56 @@ class LinearProbe(Method):
         return self.head(features)
 
     def solve(self, features: Tensor, labels: Tensor) -> None:
-        """Fit the head to features (N, feature_dim) and labels (N,) or (N, C)."""
-        solve_head(self.head, features, labels)
+        """Fit the head to features (N, feature_dim) and the labels of N images."""
+        solve_head(self.head, self.target, features, labels)
 
 
 def solve_head(
-    head: nn.Linear, features: Tensor, labels: Tensor, penalties: Tensor | None = None
+    head: nn.Linear,
+    target: Target,
+    features: Tensor,
+    labels: Tensor,
+    penalties: Tensor | None = None,
 ) -> Tensor:
-    """Set `head` to the logistic regression of features (N, dim) and labels (N,) or (N, C).
+    """Set `head` to the logistic regressions that `target` makes of `labels`; see `regressions`.
 
-    Labels (N, C) of 0 and 1 give each class a regression of its own. Features are standardised for
-    the fit; the scaling is folded into the weights.
+    Features are standardised for the fit; the scaling goes into the weights.
 
     Args:
         head: Linear(dim → C).
-        features: of the images.
-        labels: theirs.
+        target: the kind of `labels`.
+        features: (N, dim).
+        labels: of N images.
         penalties: (C,), scikit-learn's C of each class's regression; None: the best of PENALTIES by
             the log-loss of FOLDS folds, or 1 where some class has one image, so that nothing can be
             held out.
 
     Returns:
-        The penalties (C,) that were used; labels (N,) have one regression, and all are equal.
+        The penalties (C,) that were used; equal where one regression has all classes.
 
     Raises:
-        InputError: labels (N,) of one class.
+        InputError: labels that are not learnable.
     """
+    always = target.truth(labels, len(head.weight)).all(0).cpu().numpy()
     labels = labels.cpu().numpy()
-    if labels.ndim == 1 and len(np.unique(labels)) < 2:
+    if not target.learnable(labels):
         raise InputError("all training images are of one class: give images of two or more")
     given = [None] * len(head.weight) if penalties is None else penalties.tolist()
     chosen = torch.ones(len(head.weight))
     scaler = StandardScaler().fit(features.double().cpu().numpy())
     scaled = scaler.transform(features.double().cpu().numpy())
     weight = np.zeros(head.weight.shape)
-    bias = np.full(len(weight), float(ABSENT))
-    if labels.ndim == 2:
-        bias[labels.all(0)] = -ABSENT
-        for index in np.flatnonzero(labels.any(0) & ~labels.all(0)):
-            probe, chosen[index] = _regression(scaled, labels[:, index].astype(int), given[index])
-            weight[index], bias[index] = probe.coef_[0], probe.intercept_[0]
-    else:
-        probe, penalty = _regression(scaled, labels, given[0])
-        chosen.fill_(penalty)
-        if len(probe.coef_) == 1:  # two classes: scikit-learn keeps one row, the log-odds
-            signs = np.array([-0.5, 0.5])
-            probe.coef_, probe.intercept_ = signs[:, None] * probe.coef_, signs * probe.intercept_
-        weight[probe.classes_], bias[probe.classes_] = probe.coef_, probe.intercept_
+    bias = np.where(always, -ABSENT, ABSENT)
+    for rows, classes in target.regressions(labels, len(weight)):
+        probe, penalty = _regression(scaled, classes, given[rows[0]])
+        chosen[rows] = penalty
+        coefficients, intercepts = probe.coef_, probe.intercept_
+        if len(rows) > 1:
+            rows = rows[probe.classes_]
+            if len(rows) == 2:  # scikit-learn keeps one row, the log-odds
+                signs = np.array([-0.5, 0.5])
+                coefficients, intercepts = signs[:, None] * coefficients, signs * intercepts
+        weight[rows], bias[rows] = coefficients, intercepts
     weight = weight / scaler.scale_
     bias = bias - weight @ scaler.mean_
     with torch.no_grad():

@@ -75,7 +75,7 @@ class PixelPrompts(Method):
     ) -> None:
         """Before the first epoch, solve the head."""
         if epoch == 0 and self.head is not None:
-            solve_head(self.head, *features())
+            solve_head(self.head, self.target, *features())
 
     def pixels(self, images: Tensor) -> Tensor:
         """Images with the prompt on them."""
