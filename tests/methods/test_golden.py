@@ -104,7 +104,7 @@ def test_coop(name, exact_tokens):
     assert not case["input.tokens"][:, length:].any()
     embeddings = case["expected.prompt_embeddings"]  # of the first two classes
     shown = min(length, embeddings.shape[1])
-    assert_close(model.prompt_embeddings()[:2, :shown], embeddings[:, :shown])
+    assert_close(model.prompt_embeddings(model.context)[:2, :shown], embeddings[:, :shown])
     normalized = torch.nn.functional.normalize(model.text_features(), dim=-1)
     assert_close(normalized, case["expected.text_features"])
     assert_close(model(case["input.images"]), case["expected.logits"])
@@ -141,9 +141,8 @@ def test_cutting_after_the_longest_text_is_exact(name):
     case, model = coop_model(name)
     full = model.backbone.model.encode_text(case["input.tokens"])
     assert_close(full, case["expected.text_features_unprompted"])
-    cut = model.backbone.encode_embeddings(
-        model.backbone.embed_tokens(model.tokens), model.tokens.argmax(1)
-    )
+    tower = model.backbone.text
+    cut = tower.run(tower.embed(model.tokens), model.tokens)
     assert_close(cut, full)
 
 

@@ -152,8 +152,7 @@ class TestEveryMethod:
 def test_every_method_gives_its_text_features_head_or_prompts(method):
     model = attach(clip(), method)
     if getattr(model, "head", None) is None:
-        per_image = [model.features(images())] if method == "cocoop" else []
-        features = model.text_features(*per_image)
+        features = model.text_features(model.features(images()))
         assert features.shape[-2:] == (len(NAMES), model.backbone.feature_dim)
         assert features.requires_grad == (method in {"coop", "cocoop"})
     else:

@@ -31,7 +31,14 @@ def find(name: str) -> type[Method]:
     """
     if name not in names():
         raise InputError(f"no method {name!r}{nearest(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}").Prompted
+    module = importlib.import_module(f"{__name__}.{name}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
+    )
 
 
 def check_options(name: str, options: dict[str, Any]) -> Strict:

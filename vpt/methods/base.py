@@ -41,6 +41,9 @@ class Method(nn.Module):
             they need be computed only once.
         cross_fitted: True where the loss of an image takes as a third argument, `folds` (B,), which
             fold holds it out.
+        takes_names: True where an artefact can be loaded with other class names: nothing that is
+            learned belongs to a class.
+        from_names: tensors of an artefact that follow from the class names alone.
         is_folded: True for what `fold` returns: it cannot be trained or saved.
     """
 
@@ -49,6 +52,8 @@ class Method(nn.Module):
     solved: ClassVar[bool] = False
     frozen_features: ClassVar[bool] = False
     cross_fitted = False
+    takes_names = False
+    from_names: ClassVar[frozenset[str]] = frozenset()
     is_folded = False
     multilabel = False
     criterion: Criterion = staticmethod(cross_entropy)
@@ -130,7 +135,11 @@ class Method(nn.Module):
         """The inference form: a frozen view with all that no image changes computed once."""
         folded = share(self)
         folded.is_folded = True
+        folded.make_constants()
         return folded
+
+    def make_constants(self) -> None:
+        """Compute what no image changes; each half its own, and then `super`'s."""
 
     def train(self, mode: bool = True) -> "Method":
         """Training mode for the method's own modules; the backbone always stays in eval mode."""
@@ -160,8 +169,3 @@ def require_clip(backbone: Backbone, method: str) -> Any:
             "take an open_clip backbone, or vpt_deep"
         )
     return backbone
-
-
-def normalized_mean(features: Tensor) -> Tensor:
-    """Mean over templates of L2-normalised text features: (C, T, dim) → (C, dim)."""
-    return torch.mean(F.normalize(features, dim=-1), dim=1)

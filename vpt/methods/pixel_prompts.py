@@ -11,6 +11,7 @@ from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
 from vpt.methods import zero_shot
+from vpt.methods._text import embed_classes
 from vpt.methods.base import Batch, Head, Method
 from vpt.methods.linear_probe import solve_head
 
@@ -61,9 +62,7 @@ class Prompted(Method):
         self.prompts = nn.Parameter(torch.zeros(3, len(self.where)))
         self.register_buffer("folded", None, persistent=False)  # in the inference form
         if hasattr(backbone, "encode_texts"):
-            embeddings = zero_shot.embed_classes(
-                backbone, class_names, options.templates, tokenizer
-            )
+            embeddings = embed_classes(backbone, class_names, options.templates, tokenizer)
             self.register_buffer("class_embeddings", embeddings)
             self.head = None
         else:
