@@ -33,6 +33,7 @@ class Prompted(Method):
     """
 
     Options = Options
+    from_names = frozenset({"class_embeddings"})
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Prompted(Method):
         if hasattr(backbone, "encode_texts"):
             embeddings = embed_classes(backbone, class_names, options.templates, tokenizer)
             self.register_buffer("class_embeddings", embeddings)
+            self.takes_names = True
             self.head = None
         else:
             self.head = Head(backbone.feature_dim, len(class_names)).requires_grad_(False)
@@ -85,7 +87,7 @@ class Prompted(Method):
         blank = self.prompts.new_zeros(3, side * side)
         return blank.index_copy(1, self.where, self.prompts).unflatten(1, (side, side))
 
-    def text_features(self) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Class embeddings (C, dim) of CLIP, not normalised."""
         return self.class_embeddings
 
