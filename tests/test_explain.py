@@ -1,6 +1,5 @@
 """Saliency sums to what it explains, for every method and family, and finds what is there."""
 
-import inspect
 import json
 
 import families
@@ -14,11 +13,7 @@ from vpt import explain, methods
 from vpt.backbones import load_tiny_clip
 from vpt.engine.run import NOTICE
 
-CLIP_ONLY = {
-    name
-    for name in methods.names()
-    if "tokenizer" in inspect.signature(methods.find(name)).parameters
-}
+CLIP_ONLY = {name for name in methods.names() if methods.find(name).reads_text}
 
 
 def attach(backbone, method="vpt_deep", **options):

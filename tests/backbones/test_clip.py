@@ -9,6 +9,7 @@ from tiny import NAMES, images
 
 import vpt
 from vpt import backbones
+from vpt.backbones.base import Prompts
 from vpt.errors import InputError
 
 CLIPS = [name for name in MODELS if is_clip(MODELS[name]())]
@@ -87,7 +88,7 @@ def test_prompts_before_ln_pre(exact_tokens):
     }
     first, *deep = context.values()
     prompts = [backbone.image_tower.ln_pre(first), *deep]
-    features = backbone(case["input.images"], prompts, range(len(prompts)), "append")
+    features = backbone(case["input.images"], Prompts(prompts, range(len(prompts)), "append"))
     normalized = torch.nn.functional.normalize(features, dim=-1)
     assert_close(normalized, case["expected.image_features"])
     logits = backbone.similarity(features, case["expected.text_features"])

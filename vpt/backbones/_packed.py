@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vpt.backbones._resblock import mix, project
 
 if TYPE_CHECKING:
-    from vpt.backbones.text import Prompts
+    from vpt.backbones.text import TextPrompts
     from vpt.backbones.texts.causal_eot import Tower
 
 
@@ -44,7 +44,7 @@ class PackedSuffixes(nn.Module):
         self.register_buffer("visible", visible, persistent=False)
         self.register_buffer("inverse", order.argsort(), persistent=False)
 
-    def forward(self, tower: "Tower", prefixes: Tensor, prompts: "Prompts") -> Tensor:
+    def forward(self, tower: "Tower", prefixes: Tensor, prompts: "TextPrompts") -> Tensor:
         """Text features (B, C, dim), not normalised, of all texts after each prefix.
 
         Args:

@@ -9,7 +9,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from vpt.backbones._families import find_family
-from vpt.backbones.base import Among, Backbone, Rows
+from vpt.backbones.base import Backbone, LayerPrompts, Rows
 from vpt.backbones.text import Tokenizer, find_text_tower
 from vpt.data.transforms import Preprocess
 
@@ -94,21 +94,33 @@ class Adapter(Backbone):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
         """One block of the image tower."""
-        return self.tower.block(index, tokens, rows, queries)
+        return self.tower.block(index, tokens, prompts, queries)
 
     def rows(self, index: int, prompts: Tensor) -> Rows:
         """Keys and values of prompts in a block of the image tower."""
         return self.tower.rows(index, prompts)
 
-    def finish(self, tokens: Tensor) -> Tensor:
-        """The image tower's readout, in the joint space."""
-        features = self.tower.finish(tokens)
+    def input_norm(self, prompts: Tensor) -> Tensor:
+        """The image tower's."""
+        return self.tower.input_norm(prompts)
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """The image tower's."""
+        return self.tower.final_norm(tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The image tower's."""
+        return self.tower.pool(tokens)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Into the joint space."""
         visual = self.model.visual
-        return visual.head(features) if isinstance(visual, TimmModel) else features
+        is_timm = isinstance(visual, TimmModel)
+        return visual.head(pooled) if is_timm else self.tower.project(pooled)
 
     def encode_texts(self, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Tensor:
         """Text features (len(texts), feature_dim), not normalised."""

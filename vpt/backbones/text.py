@@ -15,7 +15,7 @@ from vpt.backbones.base import Backbone
 from vpt.errors import InputError
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
-Prompts = Sequence[Tensor] | Tensor
+TextPrompts = Sequence[Tensor] | Tensor
 NamePosition = Literal["end", "middle", "front"]
 CLIP_VOCABULARY = 49408
 
@@ -100,7 +100,7 @@ class TextTower(nn.Module):
         self,
         embeddings: Tensor,
         ids: Tensor,
-        prompts: Prompts | None = None,
+        prompts: TextPrompts | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
         """Text features (C, dim), not normalised.
@@ -122,7 +122,7 @@ class TextTower(nn.Module):
         raise NotImplementedError
 
     def run_shared(
-        self, prefixes: Tensor, suffixes: nn.Module, prompts: Prompts | None = None
+        self, prefixes: Tensor, suffixes: nn.Module, prompts: TextPrompts | None = None
     ) -> Tensor:
         """Text features (B, C, dim), not normalised, of all C texts after each prefix.
 

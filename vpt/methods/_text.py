@@ -21,6 +21,7 @@ class ClassEmbeddings(Method):
         class_embeddings: (C, dim), or None where they change with what trains.
     """
 
+    reads_text = True
     takes_names = True
     class_embeddings: Tensor | None
 
@@ -31,7 +32,7 @@ class ClassEmbeddings(Method):
         options: Strict,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(require_clip(backbone, self.name), class_names, options)
+        super().__init__(require_clip(backbone, self.name), class_names, options, tokenizer)
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Class embeddings (C, dim), differentiable, not normalised.
@@ -86,6 +87,8 @@ class TextReadout(ClassEmbeddings):
             shape = min(depth, backbone.text.num_layers) - 1, *self.context.shape
             self.text_prompts = nn.Parameter(0.02 * torch.randn(shape)) if shape[0] else None
             self._lay_out(texts, names, len(ids), tokenizer)
+        elif not init:
+            raise InputError("method.text_depth=0 fixes the text: give its words as method.init")
         else:
             with torch.no_grad():
                 embeddings = backbone.encode_texts(texts, tokenizer)
@@ -162,9 +165,9 @@ class TextReadout(ClassEmbeddings):
         return first and self.suffixes is not None and not self.backbone.exact_tokens
 
     def make_constants(self) -> None:
-        """Compute the class embeddings once: no text tower at test time."""
-        self.class_embeddings = self.text_features()
+        """Keep the class embeddings: no text tower at test time."""
         super().make_constants()
+        self.class_embeddings = self.text_features()
 
 
 @torch.no_grad()

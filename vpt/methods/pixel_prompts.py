@@ -23,7 +23,7 @@ class Options(zero_shot.Options):
     size: PositiveInt | None = None  # pixels: the border's width, the patch's side; None: 30 of 224
 
 
-class Prompted(Method):
+class PixelPrompts(Method):
     """Trains pixels only. The classifier is zero-shot CLIP's, else a linear probe solved by `fit`.
 
     Attributes:
@@ -33,6 +33,7 @@ class Prompted(Method):
     """
 
     Options = Options
+    reads_text = True
     from_names = frozenset({"class_embeddings"})
 
     def __init__(
@@ -47,7 +48,7 @@ class Prompted(Method):
         Raises:
             InputError: a border or patch that is larger than the image.
         """
-        super().__init__(backbone, class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
         side = backbone.preprocess.image_size
         size = options.size or round(side * 30 / 224)
         largest = side // 2 if options.shape == "border" else side
@@ -77,9 +78,9 @@ class Prompted(Method):
         if epoch == 0 and self.head is not None:
             solve_head(self.head, *features())
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) of images with the prompt on them."""
-        return self.backbone(images + (self.image() if self.folded is None else self.folded))
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images with the prompt on them."""
+        return images + (self.image() if self.folded is None else self.folded)
 
     def image(self) -> Tensor:
         """The prompt as an image (3, H, W), 0 where it has no pixels."""
@@ -91,14 +92,13 @@ class Prompted(Method):
         """Class embeddings (C, dim) of CLIP, not normalised."""
         return self.class_embeddings
 
-    def fold(self) -> Method:
-        """The inference form: the prompt as one image."""
-        folded = super().fold()
-        folded.folded = folded.image()
-        return folded
+    def make_constants(self) -> None:
+        """Keep the prompt as one image."""
+        super().make_constants()
+        self.folded = self.image()
 
     def logits(self, features: Tensor) -> Tensor:
         """Scaled cosine similarities (B, C), or the head's."""
         if self.head is None:
             return self.similarities(features, self.class_embeddings)
-        return super().logits(features)
+        return self.head(features)

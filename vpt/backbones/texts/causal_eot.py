@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vpt.backbones._packed import PackedSuffixes
 from vpt.backbones._resblock import is_plain
-from vpt.backbones.text import Prompts, TextTower, Tokenizer
+from vpt.backbones.text import TextPrompts, TextTower, Tokenizer
 from vpt.errors import InputError
 
 
@@ -65,7 +65,7 @@ class Tower(TextTower):
         self,
         embeddings: Tensor,
         ids: Tensor,
-        prompts: Prompts | None = None,
+        prompts: TextPrompts | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
         """Text features (C, dim), not normalised."""
@@ -85,7 +85,7 @@ class Tower(TextTower):
         return PackedSuffixes(ids, ids.argmax(1) + 1, self.start + words)
 
     def run_shared(
-        self, prefixes: Tensor, suffixes: PackedSuffixes, prompts: Prompts | None = None
+        self, prefixes: Tensor, suffixes: PackedSuffixes, prompts: TextPrompts | None = None
     ) -> Tensor:
         """Text features (B, C, dim), not normalised, of all C texts after each prefix."""
         return suffixes(self, prefixes, [] if prompts is None else prompts)
