@@ -28,7 +28,34 @@ class TokenOptions(Strict):
     gated: bool = False
 
 
-class Tokens(Method):
+class ImagePrompts(Method):
+    """Image half whose prompts become constants in the inference form."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Strict,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(backbone, class_names, options, tokenizer)
+        self.constant: ConstantPrompts | None = None  # in the inference form
+
+    def learned_prompts(self, count: int) -> Prompts:
+        """Prompts as they are now, for `count` images."""
+        raise NotImplementedError
+
+    def image_prompts(self, images: Tensor) -> Prompts:
+        """Prompts of all prompted blocks, alike for all images."""
+        return self.constant.prompts if self.constant else self.learned_prompts(len(images))
+
+    def make_constants(self) -> None:
+        """Keep the prompts' keys and values."""
+        super().make_constants()
+        self.constant = ConstantPrompts(self.backbone.fold(self.learned_prompts(1)))
+
+
+class Tokens(ImagePrompts):
     """Image half with prompts before the blocks `layers`.
 
     Attributes:
@@ -67,15 +94,10 @@ class Tokens(Method):
                     "method.gated=false method.head=probe, or recipe=paper"
                 )
             self.gates = nn.Parameter(torch.zeros(backbone.num_layers - self.layers[0]))
-        self.constant: ConstantPrompts | None = None  # in the inference form
 
     def prompted_layers(self) -> list[int]:
         """The blocks that get prompts of their own, ascending."""
         raise NotImplementedError
-
-    def image_prompts(self, images: Tensor) -> Prompts:
-        """Prompts of all prompted blocks, alike for all images."""
-        return self.constant.prompts if self.constant else self.learned_prompts(len(images))
 
     def learned_prompts(self, count: int) -> Prompts:
         """Prompts as they are now; with dropout in training, a set for each of `count` images."""
@@ -88,11 +110,6 @@ class Tokens(Method):
     def layer_prompts(self) -> Tensor:
         """Prompts (len(layers), num_tokens, width) of all prompted blocks."""
         return self.prompts if self.projection is None else self.projection(self.prompts)
-
-    def make_constants(self) -> None:
-        """Keep the prompts' keys and values."""
-        super().make_constants()
-        self.constant = ConstantPrompts(self.backbone.fold(self.learned_prompts(1)))
 
 
 class ConstantPrompts(nn.Module):

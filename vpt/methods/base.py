@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vpt.backbones.base import Backbone, Prompts, share
-from vpt.backbones.clip import Tokenizer
+from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.targets import Target
@@ -41,6 +40,9 @@ class Method(nn.Module):
             they need be computed only once.
         cross_fitted: True where the loss of an image takes as a third argument, `folds` (B,), which
             fold holds it out.
+        takes_names: True where an artefact can be loaded with other class names: nothing that is
+            learned belongs to a class.
+        from_names: tensors of an artefact that follow from the class names alone.
         is_folded: True for the result of `fold`: it cannot be trained or saved.
     """
 
@@ -50,6 +52,8 @@ class Method(nn.Module):
     solved: ClassVar[bool] = False
     frozen_features: ClassVar[bool] = False
     cross_fitted = False
+    takes_names = False
+    from_names: ClassVar[frozenset[str]] = frozenset()
     is_folded = False
     target: Target = Multiclass()
     criterion: Criterion | None = None
@@ -192,8 +196,3 @@ def require_clip(backbone: Backbone, method: str) -> Any:
             "take an open_clip backbone, or vpt_deep"
         )
     return backbone
-
-
-def normalized_mean(features: Tensor) -> Tensor:
-    """Mean over templates of L2-normalised text features: (C, T, dim) → (C, dim)."""
-    return torch.mean(F.normalize(features, dim=-1), dim=1)

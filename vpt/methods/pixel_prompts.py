@@ -11,6 +11,7 @@ from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
 from vpt.methods import zero_shot
+from vpt.methods._text import embed_classes
 from vpt.methods.base import Batch, Head, Method
 from vpt.methods.linear_probe import solve_head
 
@@ -33,6 +34,7 @@ class PixelPrompts(Method):
 
     Options = Options
     reads_text = True
+    from_names = frozenset({"class_embeddings"})
 
     def __init__(
         self,
@@ -62,10 +64,9 @@ class PixelPrompts(Method):
         self.prompts = nn.Parameter(torch.zeros(3, len(self.where)))
         self.register_buffer("folded", None, persistent=False)  # in the inference form
         if hasattr(backbone, "encode_texts"):
-            embeddings = zero_shot.embed_classes(
-                backbone, class_names, options.templates, tokenizer
-            )
+            embeddings = embed_classes(backbone, class_names, options.templates, tokenizer)
             self.register_buffer("class_embeddings", embeddings)
+            self.takes_names = True
             self.head = None
         else:
             self.head = Head(backbone.feature_dim, len(class_names)).requires_grad_(False)
@@ -87,7 +88,7 @@ class PixelPrompts(Method):
         blank = self.prompts.new_zeros(3, side * side)
         return blank.index_copy(1, self.where, self.prompts).unflatten(1, (side, side))
 
-    def text_features(self) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Class embeddings (C, dim) of CLIP, not normalised."""
         return self.class_embeddings
 
