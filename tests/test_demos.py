@@ -27,7 +27,7 @@ def test_a_cohort_has_patients_a_rare_class_and_says_that_it_is_made_up(syntheti
     labels = {row["patient"]: row["label"] for row in rows}
     assert len(labels) == 200
     assert all(labels[row["patient"]] == row["label"] for row in rows)
-    counts = [list(labels.values()).count(label) for label in synthetic.SHARES]
+    counts = [list(labels.values()).count(label) for label in synthetic.PROPORTIONS]
     assert counts == sorted(counts, reverse=True)
     assert 5 < counts[-1] < 40
     scans = np.stack([np.asarray(Image.open(tmp_path / row["path"])) for row in rows[:50]])

@@ -1,6 +1,5 @@
 """Saliency sums to what it explains, for every method and family, and finds what is there."""
 
-import inspect
 import json
 
 import families
@@ -15,11 +14,7 @@ from vpt.backbones import load_tiny_clip
 from vpt.engine.run import NOTICE
 from vpt.targets.multiclass import Multiclass
 
-CLIP_ONLY = {
-    name
-    for name in methods.names()
-    if "tokenizer" in inspect.signature(methods.find(name)).parameters
-}
+CLIP_ONLY = {name for name in methods.names() if methods.find(name).reads_text}
 
 
 def attach(backbone, method="vpt_deep", **options):

@@ -1,6 +1,5 @@
 """The ONNX file: ONNX Runtime's logits are torch's, and what no image changes is constant."""
 
-import inspect
 import json
 import os
 import sys
@@ -24,11 +23,7 @@ BACKBONES = {
     "vit": lambda: vit(reg_tokens=2, no_embed_class=True, qk_norm=True, init_values=0.5),
     "clip": clip,
 }
-CLIP_ONLY = {
-    name
-    for name in methods.names()
-    if "tokenizer" in inspect.signature(methods.find(name)).parameters
-}
+CLIP_ONLY = {name for name in methods.names() if methods.find(name).reads_text}
 PAIRS = [(name, "clip" if name in CLIP_ONLY else "vit") for name in methods.names()]
 PAIRS += [("vpt_deep", "clip"), ("linear_probe", "clip")]
 CONSTANT = {"coop", "random_prompts", "vpt_deep", "vpt_shallow", "zero_shot"}

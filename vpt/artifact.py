@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def backbone_settings(metadata: dict[str, Any]) -> dict[str, str]:
 def load(
     path: str | Path,
     backbone: nn.Module | None = None,
+    class_names: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
     target: Target | type[Target] | None = None,
 ) -> methods.Method:
@@ -105,12 +107,14 @@ def load(
     Args:
         path: written by `save`.
         backbone: the model it was trained on; None loads it as the artefact says.
+        class_names: in place of those it was trained on; for a method that learned nothing of
+            single classes.
         tokenizer: where the model was attached with one of its own.
         target: where it was attached with one from outside this package.
 
     Raises:
         InputError: as `read`; another backbone than the one it was trained on; one that the
-            artefact cannot name.
+            artefact cannot name; `class_names` for a method that belongs to its classes.
     """
     tensors, metadata = read(path)
     made_for = metadata["backbone"]
@@ -137,7 +141,7 @@ def load(
         model = methods.attach(
             adapted,
             metadata["method"],
-            class_names=metadata["class_names"],
+            class_names=metadata["class_names"] if class_names is None else class_names,
             tokenizer=tokenizer,
             multilabel=metadata.get("multilabel", False),
             target=target or metadata.get("target"),
@@ -145,7 +149,18 @@ def load(
         )
     except InputError as error:
         raise InputError(f"{path}: written by version {metadata['version']}: {error}") from None
-    expected = {name: tensor.shape for name, tensor in model.artifact_tensors().items()}
+    own = model.artifact_tensors()
+    if class_names is not None:
+        if not model.takes_names:
+            raise InputError(
+                f"{path}: what {metadata['method']} learned belongs to its own classes: drop "
+                "class_names, or train it on the new ones"
+            )
+        tensors |= {name: own[name] for name in model.from_names}
+        # a decision was fitted on the classes of then
+        metadata = {key: value for key, value in metadata.items() if key != "decision"}
+        metadata["class_names"] = model.class_names
+    expected = {name: tensor.shape for name, tensor in own.items()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         raise InputError(
             f"{path}: its tensors are not those of method {metadata['method']} in this version: "

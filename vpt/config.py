@@ -185,7 +185,7 @@ class RunConfig(Strict):
     def hash(self) -> str:
         """Names the run: changes with every setting that can change its result."""
         without = {"data": {"workers", "duplicates"}, "engine": {"feature_cache"}}
-        exclude = {"out": True, "expected": True, **without}
+        exclude: dict[str, Any] = {"out": True, "expected": True, **without}
         settings = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -257,7 +257,7 @@ def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], Tra
     """
     if recipe not in get_args(Recipe):
         raise InputError(f"recipe={recipe!r}: give {' or '.join(get_args(Recipe))}")
-    file = OmegaConf.to_container(_recipe(method, recipe))
+    file: Any = OmegaConf.to_container(_recipe(method, recipe))
     options = MethodConfig(**file["method"]).options
     return options, validate(TrainConfig, file.get("train", {}), where=method)
 
@@ -283,7 +283,8 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[
     Raises:
         InputError: an override that is not key=value.
     """
-    return OmegaConf.to_container(_merge(OmegaConf.create(settings), _dotlist(overrides)))
+    merged: Any = OmegaConf.to_container(_merge(OmegaConf.create(settings), _dotlist(overrides)))
+    return merged
 
 
 def to_yaml(config: Strict) -> str:

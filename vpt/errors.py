@@ -1,7 +1,7 @@
 """The one exception that a user's mistake raises."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class InputError(ValueError):
@@ -21,3 +21,8 @@ def nearest(word: str, known: Iterable[str], before: str = "") -> str:
     known = sorted(known)
     name = close(word, known)
     return f"; did you mean {before + name!r}?" if name else f"; known: {', '.join(known)}"
+
+
+def some(names: Collection[str]) -> str:
+    """The first five names, sorted."""
+    return ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")

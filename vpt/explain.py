@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vpt import artifact
-from vpt.backbones.clip import CLIP_VOCABULARY
+from vpt.backbones.text import CLIP_VOCABULARY
 from vpt.data.images import check_images, list_images, read_image
 from vpt.engine.apply import load
 from vpt.engine.figures import save
@@ -96,9 +96,11 @@ def nearest_words(context: Tensor, model: Method, count: int = 5) -> list[list[s
     Raises:
         InputError: a text tower with another vocabulary than CLIP's.
     """
-    table = model.backbone.text_tower.token_embedding.weight
-    if len(table) != CLIP_VOCABULARY:
-        raise InputError(f"{len(table)} token ids: only CLIP's own vocabulary can be read")
+    tower = model.backbone.text
+    if tower.parts.vocab_size != CLIP_VOCABULARY:
+        count = tower.parts.vocab_size
+        raise InputError(f"{count} token ids: only CLIP's own vocabulary can be read")
+    table = tower.embed(torch.arange(CLIP_VOCABULARY))
     ids = torch.cdist(context, table).topk(count, largest=False).indices
     words = open_clip.SimpleTokenizer().decoder
     return [[words[index] for index in row] for row in ids.tolist()]

@@ -55,7 +55,7 @@ class Study:
         return load_run(method, [*self.settings, *DECISION, f"out={self.folder / method}"])
 
     def render(self) -> dict[str, Any]:
-        """Run what is not finished; what the page needs."""
+        """Values for the page, after the runs that are not finished."""
         results = {}
         for method in (self.method, *self.baselines):
             print(f"{self.title}: {method}", flush=True)
@@ -74,7 +74,7 @@ class Study:
             decision.probabilities(target, logits),
         )
         names = source.class_names
-        figures = {
+        plots = {
             "ROC curve on the test images.": draw_roc(target, calibrated, labels, names),
             "Precision and recall on the test images.": draw_precision_recall(
                 target, calibrated, labels, names
@@ -98,7 +98,7 @@ class Study:
             "calibration": np.bincount(split.calibration.labels, minlength=len(names)),
             "cohort": cohort(source, split),
             "class_names": names,
-            "figures": {caption: to_uri(figure) for caption, figure in figures.items()},
+            "plots": {caption: to_uri(plot) for caption, plot in plots.items()},
             "saliency": to_uri(saliency),
             "areas": areas,
         }
@@ -133,7 +133,7 @@ class Study:
 
 
 def cohort(source: Source, split: Split) -> list[dict[str, Any]]:
-    """A row a part: images, patients where they are known, and images of each class."""
+    """A row for each part: images, patients where they are known, and images of each class."""
     parts = {"training": split.train, "calibration": split.calibration, "test": split.test}
     return [
         {

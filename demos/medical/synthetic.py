@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from study import Study, write_report
 
 SIDE = 96
-SHARES = {"normal": 0.6, "cyst": 0.32, "tumour": 0.08}  # of patients
+PROPORTIONS = {"normal": 0.6, "cyst": 0.32, "tumour": 0.08}  # of patients
 IMAGES = 4  # of a patient, at most
 
 
@@ -24,7 +24,7 @@ def draw_cohort(folder: Path, patients: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(patients):
-        label = rng.choice(list(SHARES), p=list(SHARES.values()))
+        label = rng.choice(list(PROPORTIONS), p=list(PROPORTIONS.values()))
         gain, depth = rng.uniform(0.7, 1.2), rng.uniform(1.0, 2.2)  # of this patient's scans
         for scan in range(rng.integers(1, IMAGES + 1)):
             path = Path(label) / f"patient{number:04}_{scan}.png"

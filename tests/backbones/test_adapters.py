@@ -13,6 +13,7 @@ from tiny import images, vit
 
 import vpt
 from vpt import backbones
+from vpt.backbones.base import Prompts
 from vpt.errors import InputError
 
 
@@ -40,7 +41,7 @@ def test_without_prompts_it_is_the_bare_model(model):
     close(backbone(inputs), bare_features(model, inputs))
     assert backbone(inputs).shape == (3, backbone.feature_dim)
     none = torch.empty(1, 0, backbone.width)
-    close(backbone(inputs, none, [0]), bare_features(model, inputs))
+    close(backbone(inputs, Prompts(none, [0])), bare_features(model, inputs))
 
 
 def test_prompts_act_the_same_wherever_they_stand(model):
@@ -50,11 +51,11 @@ def test_prompts_act_the_same_wherever_they_stand(model):
     bare = backbone(inputs)
     for layers in ([0], [1], [0, 1, 2]):
         prompts = random_prompts(backbone, len(layers))
-        prepended = backbone(inputs, prompts, layers, "prepend")
-        close(backbone(inputs, prompts, layers, "append"), prepended)
-        close(backbone(inputs, prompts.flip(1), layers), prepended)
+        prepended = backbone(inputs, Prompts(prompts, layers, "prepend"))
+        close(backbone(inputs, Prompts(prompts, layers, "append")), prepended)
+        close(backbone(inputs, Prompts(prompts.flip(1), layers)), prepended)
         per_sample = prompts[:, None].expand(-1, len(inputs), -1, -1)
-        close(backbone(inputs, per_sample, layers), prepended)
+        close(backbone(inputs, Prompts(per_sample, layers)), prepended)
         assert (prepended - bare).abs().max() > 1e-4
 
 
@@ -63,16 +64,16 @@ def test_an_image_sees_its_own_prompts_and_no_other_image(model):
     backbone = backbones.adapt(model)
     prompts = torch.randn(2, 3, 4, max(backbone.widths))  # a set for each image
     for backbone.exact_tokens in (False, True):
-        together = backbone(inputs, prompts, [0, 1])
+        together = backbone(inputs, Prompts(prompts, [0, 1]))
         for index in range(3):
-            alone = backbone(inputs[index : index + 1], prompts[:, index], [0, 1])
+            alone = backbone(inputs[index : index + 1], Prompts(prompts[:, index], [0, 1]))
             close(together[index : index + 1], alone)
 
 
 def test_gradients_reach_the_prompts_only(model):
     backbone = backbones.adapt(model)
     prompts = random_prompts(backbone, 3, requires_grad=True)
-    backbone(images(), prompts, [0, 1, 2]).square().sum().backward()
+    backbone(images(), Prompts(prompts, [0, 1, 2])).square().sum().backward()
     assert prompts.grad.abs().amax(dim=(1, 2)).min() > 0
     assert all(p.grad is None for p in [*model.parameters(), *backbone.parameters()])
 
@@ -88,20 +89,18 @@ def bare_maps(model, inputs):
     return maps, [1, 2] if len(maps) == 2 else [0, 1, 2]  # Swin gives one a stage
 
 
-def test_forward_intermediates_gives_maps_of_the_patches(model):
+def test_feature_maps_are_of_the_patches(model):
     inputs = images()
     backbone = backbones.adapt(model)
     expected, blocks = bare_maps(model, inputs)
-    for ours, theirs in zip(
-        backbone.forward_intermediates(inputs, indices=blocks), expected, strict=True
-    ):
+    for ours, theirs in zip(backbone.feature_maps(inputs, indices=blocks), expected, strict=True):
         close(ours, theirs)
     prompts = random_prompts(backbone, 2)
     maps = {}
     for position in ("prepend", "append"):
         for backbone.exact_tokens in (False, True):
             way = position, backbone.exact_tokens
-            maps[way] = backbone.forward_intermediates(inputs, prompts, [0, 1], position)
+            maps[way] = backbone.feature_maps(inputs, Prompts(prompts, [0, 1], position))
     assert len(maps["append", True]) == 3
     for others in maps.values():
         for one, other in zip(others, maps["append", True], strict=True):

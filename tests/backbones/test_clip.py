@@ -1,10 +1,9 @@
-"""open_clip models of all kinds: texts, zero-shot, contexts, and prompts before `ln_pre`."""
+"""open_clip models of all kinds: texts, zero-shot, contexts."""
 
 import open_clip
 import pytest
 import torch
 from families import MODELS, build, is_clip
-from golden_case import Case, assert_close
 from tiny import NAMES, images
 
 import vpt
@@ -72,26 +71,3 @@ def test_other_text_towers_take_no_context(name, options):
 def test_a_vocabulary_that_is_not_clips_needs_a_tokenizer():
     with pytest.raises(InputError, match=r"32000 token ids.*give tokenizer="):
         vpt.attach(build("siglip_clip"), "zero_shot", class_names=NAMES)
-
-
-@pytest.mark.parametrize("exact_tokens", [False, True])
-def test_prompts_before_ln_pre(exact_tokens):
-    """VPT on CLIP as MaPLe's repository has it: before `ln_pre`, after the last patch."""
-    case = Case("vpt_clip")
-    backbone = backbones.adapt(case.backbone())
-    backbone.exact_tokens = exact_tokens
-    context = {
-        name.removeprefix("init."): tensor.requires_grad_()
-        for name, tensor in case.tensors.items()
-        if name.startswith("init.")
-    }
-    first, *deep = context.values()
-    prompts = [backbone.image_tower.ln_pre(first), *deep]
-    features = backbone(case["input.images"], prompts, range(len(prompts)), "append")
-    normalized = torch.nn.functional.normalize(features, dim=-1)
-    assert_close(normalized, case["expected.image_features"])
-    logits = backbone.similarity(features, case["expected.text_features"])
-    assert_close(logits, case["expected.logits"])
-    torch.nn.functional.cross_entropy(logits, case["input.labels"]).backward()
-    for name, tensor in context.items():
-        assert_close(tensor.grad, case[f"grad.{name}"])

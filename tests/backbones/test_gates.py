@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import vpt
 from vpt import backbones
 from vpt.backbones._attention import attend
-from vpt.backbones.base import Among, Rows
+from vpt.backbones.base import LayerPrompts, Prompts, Rows
 from vpt.errors import InputError
 
 KNOWN = [name for name in MODELS if backbones.adapt(build(name)).knows_rows]
@@ -44,32 +44,39 @@ def test_closed_gates_leave_the_backbone_as_it_is(name, method):
     assert model.prompts.grad.flatten(1).abs().amax(1).min() > 0
 
 
-def test_prompts_have_a_softmax_of_their_own():
+@pytest.mark.parametrize("scale", [None, 1.3])  # None: 1/√head_dim; SwinV2's is 1
+def test_prompts_have_a_softmax_of_their_own(scale):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
     prompt_key, prompt_value = torch.randn(2, 1, 4, 5, 8, dtype=torch.float64)
     bias = torch.randn(1, 4, 7, 7, dtype=torch.float64)
 
     def answers(k, v, bias=0):
-        return ((query @ k.mT * 8**-0.5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return (
+            ((query @ k.mT * (scale or 8**-0.5) + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        )
 
-    rows = Rows(prompt_key, prompt_value, torch.tensor(0.3, dtype=torch.float64))
+    gate = torch.tensor(0.3, dtype=torch.float64)
+    rows = LayerPrompts(Rows(prompt_key, prompt_value), gate=gate)
     expected = answers(key, value, bias) + 0.3 * answers(prompt_key, prompt_value)
     torch.testing.assert_close(
-        attend(query, key, value, rows, bias), expected, rtol=1e-9, atol=1e-9
+        attend(query, key, value, rows, bias, scale), expected, rtol=1e-9, atol=1e-9
     )
 
 
+@pytest.mark.parametrize("scale", [None, 1.3])
 @pytest.mark.parametrize("queries", [3, 7, 12])
-def test_prompts_among_the_tokens_see_all_and_are_seen_through_the_gate(queries):
+def test_prompts_among_the_tokens_see_all_and_are_seen_through_the_gate(queries, scale):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 12, 8, dtype=torch.float64)
     bias, gate = torch.randn(1, 4, 7, 7, dtype=torch.float64), torch.tensor(0.3).double()
     tokens, prompts = slice(0, 7), slice(7, 12)
-    rows = Rows(key[:, :, prompts], value[:, :, prompts], gate)
+    rows = LayerPrompts(Rows(key[:, :, prompts], value[:, :, prompts]), gate=gate)
     parts = (part[:, :, tokens] for part in (query, key, value))
-    expected = torch.cat([attend(*parts, rows, bias), attend(query[:, :, prompts], key, value)], 1)
-    actual = attend(query[:, :, :queries], key, value, Among(5, gate), bias)
+    seen = attend(query[:, :, prompts], key, value, scale=scale)
+    expected = torch.cat([attend(*parts, rows, bias, scale), seen], 1)
+    flowing = LayerPrompts(count=5, gate=gate)
+    actual = attend(query[:, :, :queries], key, value, flowing, bias, scale)
     torch.testing.assert_close(actual, expected[:, :queries], rtol=1e-9, atol=1e-9)
 
 
@@ -83,7 +90,7 @@ def test_gated_prompts_flow_through_the_blocks(name):
         model.gates[-1] = 1.0
     assert (model.features(x) - bare).abs().max() > 1e-6
     torch.testing.assert_close(model.fold()(x), model(x), rtol=1e-9, atol=1e-9)
-    one = model.backbone(x[:1], model.prompts, model.layers, gates=model.gates)
+    one = model.backbone(x[:1], Prompts(model.prompts, model.layers, gates=model.gates))
     torch.testing.assert_close(model.features(x)[:1], one, rtol=1e-9, atol=1e-9)
 
 
@@ -108,9 +115,10 @@ def test_one_gated_prompt_shifts_the_bias_of_the_projection(name):
 def test_sets_of_each_sample_and_folded_ones(name):
     model, x = open_gates(attach(name)), images(3)
     sets = model.prompts[:, None] * torch.tensor([1.0, 0.5, 2.0])[None, :, None, None]
-    together = model.backbone(x, sets, model.layers, gates=model.gates)
+    together = model.backbone(x, Prompts(sets, model.layers, gates=model.gates))
     apart = [
-        model.backbone(x[i : i + 1], sets[:, i], model.layers, gates=model.gates) for i in range(3)
+        model.backbone(x[i : i + 1], Prompts(sets[:, i], model.layers, gates=model.gates))
+        for i in range(3)
     ]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model.fold()(x), model(x), rtol=1e-9, atol=1e-9)
@@ -118,9 +126,9 @@ def test_sets_of_each_sample_and_folded_ones(name):
 
 def test_folded_prompts_are_keys_and_values():
     folded = open_gates(attach("vit")).fold()
-    constants = [b for name, b in folded.named_buffers() if name.startswith("prompts")]
+    constants = folded.image_prompts(images()).sets
     assert len(constants) == len(folded.layers)
-    assert all(constant.dim() == 5 for constant in constants)
+    assert all(isinstance(constant, Rows) for constant in constants)
 
 
 def test_checkpointing_gives_the_same_gradients():

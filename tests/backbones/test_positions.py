@@ -10,7 +10,7 @@ from tiny import images
 
 from vpt import backbones
 from vpt.backbones._attention import attend
-from vpt.backbones.base import Rows
+from vpt.backbones.base import LayerPrompts, Rows
 from vpt.errors import InputError
 
 
@@ -33,7 +33,7 @@ def test_prompts_get_no_position_bias(queries):
     biased = min(queries, 5)
     scores[:, :, :biased, :5] += bias[:, :, :biased]
     expected = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
-    same(attend(query, key, value, Rows(*rows), bias), expected)
+    same(attend(query, key, value, LayerPrompts(Rows(*rows)), bias), expected)
 
 
 @pytest.mark.parametrize("name", ["eva02", "dinov3", "pe", "rope_mixed"])
@@ -52,7 +52,7 @@ def test_prompts_are_not_rotated(name):
     same(actual[:, :prefix], expected[:, :prefix])
     same(actual[:, prefix:-4], expected[:, prefix + 4 :])
     same(actual[:, -4:], expected[:, prefix : prefix + 4])
-    same(backbone.block(1, tokens, backbone.rows(1, prompts)), actual[:, :-4])
+    same(backbone.block(1, tokens, LayerPrompts(backbone.rows(1, prompts))), actual[:, :-4])
 
 
 @pytest.mark.parametrize("name", ["eva", "dinov3", "swin"])
@@ -110,7 +110,7 @@ def test_swin_windows(name, index):
     expected = tokens + attn.proj(attended)
     expected = expected + block.mlp(block.norm2(expected))
     backbone = backbones.adapt(model)
-    same(backbone.block(index, tokens, backbone.rows(index, prompts)), expected)
+    same(backbone.block(index, tokens, LayerPrompts(backbone.rows(index, prompts))), expected)
     with_prompts = backbone.block(index, torch.cat([tokens, prompts], 1))
     same(with_prompts[:, :-3], expected)
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import vpt
 from vpt import backbones
-from vpt.backbones._packed import PackedSuffixes
 from vpt.backbones.base import Rows
 
 LAYERS = [None, [0], [0, 1], [1], [0, 2]]
@@ -135,8 +134,9 @@ def test_shared_prefix(names, tokens):
 def test_one_text():
     """A single class is nothing to classify, but a text all the same."""
     model = vpt.attach(clip(), "coop", class_names=["cat", "a dog"], num_tokens=2).double()
-    packed = PackedSuffixes(model.tokens[1:], 3)
-    alone = packed(model.backbone, model.prefix(model.context)[None])[0]
+    model.suffixes = model.backbone.text.pack(model.tokens[1:], 2)
+    alone = model.encode(model.context[None])[0]
+    model.backbone.exact_tokens = True
     torch.testing.assert_close(alone, model.text_features()[1:], rtol=1e-9, atol=1e-9)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from vpt import resources
 from vpt.config import Augment
-from vpt.data.cards import Card, load_card
+from vpt.data.cards import load_card, plain_card
 from vpt.errors import InputError
 
 NAMES = resources.names("datasets")
@@ -96,9 +96,15 @@ def test_vtab_is_19_tasks_in_3_groups():
     assert sum(load_card(name).group == "fgvc" for name in NAMES) == 5
 
 
-def test_every_layout_has_a_card():
-    layouts = set(get_args(Card.model_fields["layout"].annotation))
-    assert {load_card(name).layout for name in NAMES} == layouts
+def test_a_layout_of_ones_own_needs_none():
+    card = plain_card("boxes")
+    assert (card.layout, card.num_classes, card.classes, card.medical) == (
+        "boxes",
+        None,
+        None,
+        False,
+    )
+    assert "data.root=PATH" in card.get
 
 
 def test_the_medmnist_cards_know_all_four_sizes():
@@ -124,6 +130,8 @@ def test_the_written_card_is_valid(write_card):
         ({"num_classes": "many"}, "num_classes='many'"),
         ({"num_classes": "0"}, "num_classes=0"),
         ({"layout": "zip"}, "layout='zip'"),
+        ({"layout": "foldr"}, "layout='foldr': no such layout; did you mean 'folder'"),
+        ({"layout": "_files"}, "layout='_files'"),
         ({"classes": "[cat, dog, hen]"}, "3 classes, but num_classes=2"),
     ],
 )

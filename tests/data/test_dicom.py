@@ -138,6 +138,19 @@ def test_every_window(tmp_path):
     assert set(dicom.WINDOWS) == set(Window.__args__)
 
 
+def test_windows_are_those_of_radiopaedia():
+    """Level and width of https://radiopaedia.org/articles/windowing-ct, in Hounsfield units."""
+    assert dicom.WINDOWS == {
+        "lung": (-600, 1500),
+        "mediastinum": (50, 350),
+        "abdomen": (50, 400),
+        "liver": (30, 150),
+        "bone": (400, 1800),
+        "brain": (40, 80),
+        "stroke": (40, 40),
+    }
+
+
 def test_windows_become_channels_in_their_order():
     windows = ("lung", "bone", "brain")
     found = pixels(CT, windows)

@@ -14,6 +14,7 @@ from vpt.data.images import Samples
 from vpt.data.sources import Source, open_source
 from vpt.errors import InputError
 from vpt.targets.multiclass import Multiclass
+from vpt.targets.multilabel import Multilabel
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/fewshot_sampling_a.json").read_text())
 DIGITS = open_source(DataConfig(name="digits"))
@@ -58,6 +59,7 @@ def test_given_parts():
     assert [len(split.train), len(split.val), len(split.test)] == [16, 8, 40]
     assert all(name.startswith("val/") for name in split.val.names)
     assert split.test is parts["test"]
+    assert len(split_shots(source(**parts), 2, seed=1).val) == 4  # no more than to train on
     whole = split_shots(source(**parts), None, seed=1)
     assert [len(whole.train), len(whole.val), len(whole.test)] == [40, 40, 40]
     parts["val"] = samples("val", [])
@@ -106,6 +108,28 @@ def test_patients_are_kept_apart():
     assert split.hash == split_shots(one, 8, seed=1).hash != split_shots(one, 8, seed=2).hash
     with pytest.raises(InputError, match="class 'cat' has 40 images of the patients to train on"):
         split_shots(one, 50, seed=1)
+
+
+@pytest.mark.parametrize(("labels", "number"), [([0, 1] * 6, 2), ([0, 1] * 2, 4)])
+def test_a_third_of_too_few_patients_is_not_held_out(labels, number):
+    patients = [f"p{i % number}" for i in range(len(labels))]
+    one = source(all=samples("all", labels, patients))
+    with pytest.raises(
+        InputError, match=f"{number} patients with {len(labels)} images are too few to hold a third"
+    ):
+        split_shots(one, 1, seed=1)
+
+
+def test_positives_that_come_along_count_as_shots():
+    labels = np.zeros((30, 3), np.float32)
+    labels[:20, 0] = labels[:6, 1] = 1  # whoever has the rare label has the common one
+    labels[20:24, 2] = 1
+    chosen = Multilabel().draw(labels, 3, random.Random(1))
+    assert len(chosen) == len(set(chosen))
+    assert labels[chosen].sum(0).tolist() == [3, 3, 3]
+    assert (~labels[chosen].any(1)).sum() == 3
+    assert len(chosen) == 9
+    assert labels[Multilabel().draw(labels, 5, random.Random(1))].sum(0).tolist() == [5, 5, 4]
 
 
 @pytest.mark.parametrize("other", ["test", "val"])

@@ -185,6 +185,36 @@ def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path):
     assert found == ["Z.tif", "a.jpg", "b/10.jpeg", "b/2.PNG"]
 
 
+@pytest.mark.parametrize(
+    "suffix", ["jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "gif", "ppm", "pgm"]
+)
+def test_every_format_is_found_and_read(tmp_path, suffix):
+    image = Image.new("L" if suffix == "pgm" else "RGB", (9, 5), 200)
+    path = saved(tmp_path / f"a.{suffix}", image)
+    assert find_images(tmp_path) == [path]
+    assert read_image(path).size == (9, 5)
+
+
+@pytest.mark.parametrize(("least", "side"), [(None, 256), (200, 256), (40, 64), (32, 32), (1, 32)])
+def test_jpeg_is_decoded_at_the_smallest_scale_that_is_enough(tmp_path, least, side):
+    path = saved(tmp_path / "a.jpg", Image.fromarray(RGB).resize((256, 256)))
+    assert read_image(path, least).size == (side, side)
+    assert read_image(saved(tmp_path / "a.png", Image.open(path)), least).size == (256, 256)
+
+
+def test_samples_join():
+    parts = [
+        Samples(
+            np.full((2, 4, 4), i, np.uint8), np.array([i, 0]), [f"{i}a", f"{i}b"], [f"p{i}"] * 2
+        )
+        for i in (1, 2)
+    ]
+    both = parts[0].join(parts[1])
+    assert both.names == ["1a", "1b", "2a", "2b"] and both.patients == ["p1", "p1", "p2", "p2"]
+    assert both.labels.tolist() == [1, 0, 2, 0]
+    assert both.images[:, 0, 0].tolist() == [1, 1, 2, 2]
+
+
 def test_samples_take_and_read(tmp_path):
     paths = [saved(tmp_path / f"{i}.png", Image.fromarray(GREY + i)) for i in range(3)]
     files = Samples(paths, np.arange(3), ["a", "b", "c"], ["p", "q", "r"]).take([2, 0])

@@ -1,4 +1,5 @@
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,6 +73,15 @@ def test_sampler_positions_carry_the_epoch():
     assert sorted(sampler) == list(range(5)) and list(sampler) == list(sampler)
     sampler.set_epoch(2)
     assert sorted(sampler) == list(range(10, 15)) and len(sampler) == 5
+    assert list(EpochSampler(20, seed=1)) != list(EpochSampler(20, seed=2))
+
+
+def test_plain_images_are_those_of_evaluation():
+    augmented = ImageDataset(SAMPLES, PREPROCESS, "crop_flip", seed=1)
+    plain = augmented.plain()
+    assert plain.deterministic and not augmented.deterministic
+    assert plain.plain() is plain
+    assert (plain[2][0] == PREPROCESS.crop()(SAMPLES.read(2))).all()
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
@@ -96,6 +106,8 @@ def test_images_are_read_once_within_the_budget(tmp_path, monkeypatch, augment):
     one = 8 * 8 * 3 if augment == "none" else 12 * 12 * 3
     monkeypatch.setattr(loaders, "CACHE_BYTES", 2 * one + 1)
     assert read_twice() == [0, 1, 2, 2]
+    monkeypatch.setattr(loaders, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    assert read_twice() == [0, 1, 2, 1, 2]  # two workers share the budget
 
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])

@@ -50,9 +50,10 @@ def test_same_as_timm(changes):
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [224, (64, 64)])
-def test_same_as_open_clip(resize_mode, size):
-    cfg = {"size": size, "resize_mode": resize_mode, "interpolation": "bicubic"}
+def test_same_as_open_clip(resize_mode, size, interpolation):
+    cfg = {"size": size, "resize_mode": resize_mode, "interpolation": interpolation}
     transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
     assert_equal_transforms(Preprocess.from_open_clip(cfg), transform)
 
@@ -111,3 +112,41 @@ def test_augmentation(kind):
     assert not all((crop == crops[0]).all() for crop in crops)
     assert 8 < flipped < 32 if kind == "crop_flip" else flipped == 0
     assert pickle.loads(pickle.dumps(augment))(image=ramp)["image"].shape == (32, 32, 3)
+
+
+def drawn(augment, image, count):
+    for seed in range(count):
+        augment.set_random_seed(seed)
+        yield augment(image=image)["image"].astype(float)
+
+
+def test_crops_are_those_of_imagenet_training():
+    """Areas spread over 8 to 100 % of the image, sides 3:4 to 4:3: torchvision's defaults."""
+    image = np.zeros((250, 250, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(250), np.arange(250)[:, None]
+    sides = [  # brightness rises by one a pixel, so its slope in the crop is the enlargement
+        ((crop[16, 24, 0] - crop[16, 8, 0]) * 2 / 250, (crop[24, 16, 1] - crop[8, 16, 1]) * 2 / 250)
+        for crop in drawn(augmentation("crop", Preprocess(**VALUES)), image, 300)
+    ]
+    areas = np.array([width * height for width, height in sides])
+    ratios = np.array([width / height for width, height in sides])
+    assert 0.07 < areas.min() < 0.12
+    assert 0.9 < areas.max() < 1.02
+    assert np.histogram(areas, bins=4, range=(0.08, 1))[0].min() > 40
+    assert 0.7 < ratios.min() < 0.8
+    assert 1.25 < ratios.max() < 1.4
+
+
+def test_crops_are_resized_by_cubic_interpolation():
+    edge = np.full((24, 24, 3), 60, np.uint8)
+    edge[:, 12:] = 180
+    crops = list(drawn(augmentation("crop", Preprocess(**VALUES)), edge, 20))
+    assert min(crop.min() for crop in crops) < 55  # it overshoots; linear does not
+    assert max(crop.max() for crop in crops) > 185
+
+
+def test_half_of_the_images_are_flipped():
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None], (64, 64, 3)).copy()
+    crops = drawn(augmentation("crop_flip", Preprocess(**VALUES)), ramp, 400)
+    flipped = sum(crop[0, 0, 0] > crop[0, -1, 0] for crop in crops)
+    assert 160 < flipped < 240

@@ -122,6 +122,35 @@ def test_the_loss_is_of_all_images_after_the_folds(monkeypatch):
     assert not torch.equal(used[0], weights)
 
 
+def test_a_resumed_fit_is_not_judged_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
+    data, config = samples([0, 1] * 6), {"epochs": 3, "folds": 2, "lr": 1e-2}
+
+    class Stop(Exception):
+        pass
+
+    def fit(name, stop_after=3):
+        def on_epoch(history):
+            if len(history) > stop_after:
+                raise Stop
+
+        torch.manual_seed(0)
+        model, lines = vpt.attach(tiny.vit(), num_classes=2), []
+        checkpoint = tmp_path / f"{name}.pt"
+        options = {"checkpoint": checkpoint, "on_epoch": on_epoch, "log": lines.append}
+        try:
+            history = vpt.fit(model, loader(model, data), config=config, **options)
+        except Stop:
+            history = []
+        judged = any("cross-validation" in line for line in lines)
+        return judged, [record["loss"] for record in history]
+
+    judged, expected = fit("whole")
+    assert judged
+    assert fit("stopped", stop_after=1) == (True, [])
+    assert fit("stopped") == (False, expected)
+
+
 def test_the_run_compiles_after_folds_that_do_not(monkeypatch):
     monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
     compiled, make = [], train.make_accelerator

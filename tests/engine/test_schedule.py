@@ -1,5 +1,7 @@
 """Learning-rate schedules against those of KMnP/vpt and Dassl."""
 
+import math
+
 import pytest
 from golden_case import golden_json
 
@@ -38,3 +40,11 @@ def test_dassl(case):
 
 def test_constant():
     check(TrainConfig(schedule="constant", lr=0.1, epochs=3), [0.1] * 3)
+
+
+def test_at_most_half_of_the_epochs_are_warm_up():
+    few = {"epochs": 4, "warmup_epochs": 10, "lr": 1.0}
+    check(TrainConfig(schedule="cosine", **few), [0, 0.5, 1, 0.5])
+    falling = 0.5 + 0.5 * math.cos(math.pi / 4)
+    check(TrainConfig(schedule="dassl", warmup_lr=0.1, **few), [0.1, 0.1, 1, falling])
+    check(TrainConfig(schedule="cosine", lr=1.0, epochs=1, warmup_epochs=1), [1])

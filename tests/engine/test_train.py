@@ -85,6 +85,14 @@ def test_two_fits_give_the_same_numbers(method, options, augment):
     assert (losses(history) != fits[0][0]) == changes
 
 
+def test_each_epoch_draws_dropout_masks_of_its_own():
+    model = attach("vpt_deep", head="random", dropout=0.5)
+    data = DataLoader(TensorDataset(images(8), torch.arange(8) % 3), 4)  # always in this order
+    config = {"epochs": 3, "lr": 1e-12, "schedule": "constant"}
+    one, two, three = losses(vpt.fit(model, data, config=config))
+    assert min(abs(one - two), abs(two - three), abs(one - three)) > 1e-5
+
+
 def test_one_record_an_epoch():
     model = attach("vpt_deep", head="random")
     calls = []

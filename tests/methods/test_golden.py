@@ -1,5 +1,7 @@
 """Methods against numbers of the official implementations: outputs, gradients, trajectories."""
 
+import re
+
 import pytest
 import torch
 from golden_case import Case, assert_close, golden_json
@@ -21,6 +23,7 @@ COOP = {
     "coop_middle": {"position": "middle"},
     "coop_csc": {"class_specific": True},
 }
+JOINT = ["ivlp", "maple", "vpt_clip"]
 
 
 def vpt_tensors(case, prefix):
@@ -56,6 +59,43 @@ def coop_model(name):
     )
     model.load_state_dict({"context": case["init.ctx"]}, strict=False)
     return case, model
+
+
+def joint_model(name):
+    """IVLP, MaPLe or VPT on CLIP (IVLP with a fixed text) at the start of its case."""
+    case = Case(name)
+    prompt = case.config["prompt"]
+    options = {"init": prompt["ctx_init"]}
+    if name == "maple":
+        options |= {"num_tokens": prompt["n_ctx"], "depth": prompt["prompt_depth"]}
+    else:
+        options["num_image_tokens"] = prompt["n_ctx_vision"]
+        options["image_depth"] = prompt["depth_vision"]
+        options["text_depth"] = prompt.get("depth_text", 0)
+        options["num_tokens"] = prompt.get("n_ctx_text", 1)
+    method = "maple" if name == "maple" else "ivlp"
+    names = case.config["classnames"]
+    model = vpt.attach(case.backbone(), method, class_names=names, **options)
+    init = joint_tensors(case, "init.")
+    assert init.keys() == model.tunable_parameters().keys() == model.artifact_tensors().keys()
+    model.load_state_dict(init, strict=False)
+    return case, model
+
+
+def joint_tensors(case, prefix):
+    """The case's tensors under the names of this package."""
+    tensors, named = case.under(prefix), {}
+    if "ctx" in tensors:
+        named["context"] = tensors["ctx"]
+    for name, start in {"text_prompts": r"(text_)?deep_ctx", "prompts": "visual_"}.items():
+        sets = {int(re.sub(r"\D", "", n) or 0): t for n, t in tensors.items() if re.match(start, n)}
+        if sets:
+            named[name] = torch.stack([sets[layer] for layer in sorted(sets)])
+    for name, tensor in tensors.items():
+        if found := re.fullmatch(r"(deep_)?proj\.(?:(\d+)\.)?(weight|bias)", name):
+            deep, number, part = found.groups()
+            named[f"couplings.{int(number) + 1 if deep else 0}.{part}"] = tensor
+    return named
 
 
 def check_training(case, model, grads, final):
@@ -104,7 +144,7 @@ def test_coop(name, exact_tokens):
     assert not case["input.tokens"][:, length:].any()
     embeddings = case["expected.prompt_embeddings"]  # of the first two classes
     shown = min(length, embeddings.shape[1])
-    assert_close(model.prompt_embeddings()[:2, :shown], embeddings[:, :shown])
+    assert_close(model.prompt_embeddings(model.context)[:2, :shown], embeddings[:, :shown])
     normalized = torch.nn.functional.normalize(model.text_features(), dim=-1)
     assert_close(normalized, case["expected.text_features"])
     assert_close(model(case["input.images"]), case["expected.logits"])
@@ -127,6 +167,62 @@ def test_cocoop(exact_tokens):
     check_training(case, model, grads, final)
 
 
+@pytest.mark.parametrize("exact_tokens", [False, True])
+@pytest.mark.parametrize("name", JOINT)
+def test_prompts_in_both_towers(name, exact_tokens):
+    case, model = joint_model(name)
+    inputs = case["input.images"]
+    model.backbone.exact_tokens = exact_tokens
+    assert_close(model.backbone(inputs), case["expected.image_features_unprompted"])
+    for found, expected in zip(model.prompts, expected_prompts(case), strict=True):
+        assert_close(found, expected)
+    features, texts = model.features(inputs), model.text_features()
+    assert_close(torch.nn.functional.normalize(features, dim=-1), case["expected.image_features"])
+    assert_close(torch.nn.functional.normalize(texts, dim=-1), case["expected.text_features"])
+    assert_close(model(inputs), case["expected.logits"])
+    check_training(case, model, joint_tensors(case, "grad."), joint_tensors(case, "final."))
+    assert_close(model(inputs), case["expected.logits_after"], 1e-4)
+
+
+def expected_prompts(case):
+    """The image prompts of a case: given, or coupled to the text's."""
+    coupled = case.under("expected.visual_")
+    if not coupled:
+        return joint_tensors(case, "init.")["prompts"]
+    deep = [coupled[name] for name in sorted(coupled) if name.startswith("deep")]
+    return [coupled["ctx"], *deep]
+
+
+@pytest.mark.parametrize("exact_tokens", [False, True])
+@pytest.mark.parametrize("name", JOINT)
+def test_forms_of_prompts_in_both_towers(name, exact_tokens, tmp_path):
+    case, model = joint_model(name)
+    model.eval().backbone.exact_tokens = exact_tokens
+    inputs, expected = case["input.images"], case["expected.logits"]
+    folded = model.fold()
+    assert_close(folded(inputs), expected)
+    assert not folded.class_embeddings.requires_grad
+    path = vpt.save(model, tmp_path / "prompt.safetensors")
+    loaded = vpt.load(path, case.backbone())
+    assert_close(loaded(inputs), expected)
+    names = case.config["classnames"]
+    swapped = vpt.load(path, case.backbone(), class_names=names[::-1])
+    assert_close(swapped(inputs), expected.flip(1))
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_prompts_in_both_towers_are_exported(name, tmp_path):
+    pytest.importorskip("torch", "2.15")  # older exporters know fewer operators
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from vpt.export import export
+
+    case, model = joint_model(name)
+    export(model, tmp_path / "prompt.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "prompt.onnx")
+    (logits,) = session.run(["logits"], {"images": case["input.images"].numpy()})
+    assert_close(torch.from_numpy(logits), case["expected.logits"], 1e-4)
+
+
 def _cocoop_tensors(case, prefix):
     """The case's tensors under the names of this package."""
     names = {"ctx": "context", "meta_net.linear1": "meta_net.0", "meta_net.linear2": "meta_net.2"}
@@ -141,9 +237,8 @@ def test_cutting_after_the_longest_text_is_exact(name):
     case, model = coop_model(name)
     full = model.backbone.model.encode_text(case["input.tokens"])
     assert_close(full, case["expected.text_features_unprompted"])
-    cut = model.backbone.encode_embeddings(
-        model.backbone.embed_tokens(model.tokens), model.tokens.argmax(1)
-    )
+    tower = model.backbone.text
+    cut = tower.run(tower.embed(model.tokens), model.tokens)
     assert_close(cut, full)
 
 

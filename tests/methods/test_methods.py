@@ -1,7 +1,6 @@
 """What every method promises, on every kind of backbone that it fits; then method by method."""
 
 import copy
-import inspect
 
 import numpy as np
 import open_clip
@@ -26,11 +25,7 @@ BACKBONES = {
     "vit_avg": lambda: vit(global_pool="avg", class_token=False, fc_norm=True),
     "clip": clip,
 }
-CLIP_ONLY = {
-    name
-    for name in methods.names()
-    if "tokenizer" in inspect.signature(methods.find(name)).parameters
-}
+CLIP_ONLY = {name for name in methods.names() if methods.find(name).reads_text}
 PAIRS = [
     (method, kind)
     for method in methods.names()
@@ -122,9 +117,7 @@ class TestEveryMethod:
         model, backbone = pair
         inputs = images(len(LABELS))
         before = copy.deepcopy(backbone.state_dict())
-        own_weights = any(name.startswith("backbone.") for name in model.tunable_parameters())
-        lr = 1e-4 if own_weights else 0.02
-        optimizer = torch.optim.SGD(model.tunable_parameters().values(), lr)
+        optimizer = torch.optim.SGD(model.tunable_parameters().values())
         model.train()
         losses = []
         for _ in range(4):
@@ -132,6 +125,10 @@ class TestEveryMethod:
             losses.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
+            gradients = [p.grad for p in model.tunable_parameters().values()]
+            slope = torch.nn.utils.get_total_norm(gradients).item() ** 2
+            # a step that to first order lowers the loss by no more than 0.002
+            optimizer.param_groups[0]["lr"] = min(0.02, 0.002 / slope)
             optimizer.step()
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] < losses[0] - 1e-4
@@ -155,10 +152,9 @@ class TestEveryMethod:
 def test_every_method_gives_its_text_features_head_or_prompts(method):
     model = attach(clip(), method)
     if getattr(model, "head", None) is None:
-        per_image = [model.features(images())] if method == "cocoop" else []
-        features = model.text_features(*per_image)
+        features = model.text_features(model.features(images()))
         assert features.shape[-2:] == (len(NAMES), model.backbone.feature_dim)
-        assert features.requires_grad == (method in {"coop", "cocoop"})
+        assert features.requires_grad == hasattr(model, "context")
     else:
         assert isinstance(model.head, torch.nn.Linear)
 
@@ -203,9 +199,9 @@ def test_dropout_masks_differ_per_sample_and_are_off_in_eval(method):
 def test_dropout_keeps_the_mean():
     model = attach(vit(), "vpt_deep", dropout=0.5, num_tokens=1).train()
     seen = []
-    model.backbone.forward = lambda images, prompts, *rest: seen.append(prompts) or images
+    model.backbone.forward = lambda images, prompts: seen.append(prompts) or images
     model.features(images(2000, size=1))
-    prompts = seen[0].detach()
+    prompts = torch.stack(list(seen[0].sets)).detach()
     kept = prompts != 0
     assert prompts.shape == (2, 2000, 1, 32)
     assert kept.float().mean().item() == pytest.approx(0.5, abs=0.02)

@@ -19,19 +19,25 @@ from vpt import resources
 from vpt.backbones import clip
 from vpt.backbones._families import families, find_family
 from vpt.backbones.base import Backbone, share
+from vpt.backbones.text import TextTower
 from vpt.config import BackboneConfig, BackbonePreset, read_yaml, validate
 from vpt.errors import InputError, close
 
-__all__ = ["Backbone", "adapt", "families", "load", "load_tiny_clip"]
+__all__ = ["Backbone", "TextTower", "adapt", "families", "load", "load_tiny_clip"]
 
 TINY_CLIP = Path(__file__).parent / "tiny_clip"
 
 
-def adapt(model: nn.Module) -> Backbone:
+def adapt(model: nn.Module, text_tower: type[TextTower] | None = None) -> Backbone:
     """A frozen view of `model` (a timm or open_clip model, or a Backbone) that shares its weights.
 
+    Args:
+        model: to adapt.
+        text_tower: one's own family, in place of the one that fits the model's text tower.
+
     Raises:
-        InputError: no family knows this type of model, or its weights are in half precision.
+        InputError: no family knows this type of model, its weights are in half precision, or it
+            has no text tower to take as `text_tower`.
     """
     half = next((p.dtype for p in model.parameters() if p.dtype.itemsize < 4), None)
     if half:
@@ -39,9 +45,16 @@ def adapt(model: nn.Module) -> Backbone:
             f"{type(model).__name__} has {half} weights: give model.float(); prompts train in "
             "float32, and train.precision=bf16 is the fast path"
         )
-    if isinstance(model, Backbone):
-        return share(model)
-    return find_family(model)(model)
+    adapted = share(model) if isinstance(model, Backbone) else find_family(model)(model)
+    if text_tower is not None:
+        if not isinstance(adapted, clip.Adapter):
+            raise InputError(
+                f"text_tower={text_tower.__name__}: {adapted.family} has no text tower"
+            )
+        known, adapted.text = adapted.tokenizer, text_tower(adapted.model)
+        adapted.tokenizer = adapted.tokenizer or known
+        adapted.requires_grad_(False).eval()
+    return adapted
 
 
 def load(name: str, checkpoint: str | None = None) -> Backbone:

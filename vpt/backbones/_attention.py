@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpt.backbones.base import Among, Rows
+from vpt.backbones._prompts import LayerPrompts
 
 
 def project(
@@ -41,34 +41,55 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Rows | Among | None = None,
+    prompts: LayerPrompts | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attended values (B, Q, heads·head_dim) of (B, heads, N, head_dim) and further `rows`.
+    """Attended values (B, Q, heads·head_dim) of (B, heads, N, head_dim), with prompts.
 
-    `bias` (1 or B, heads, N, N) is of the first N tokens among each other; any others, and `rows`,
-    are prompts, which have no position and so no bias.
+    `bias` (1 or B, heads, N, N) is of the first N tokens among each other; prompts, which come
+    after them, have no position and so no bias.
     """
-    if isinstance(rows, Among):
-        count = key.shape[2] - rows.count
-        (tokens, prompts), (key_of, key_of_prompts), (value_of, value_of_prompts) = (
-            part.tensor_split([count], 2) for part in (query, key, value)
-        )
-        seen = Rows(key_of_prompts, value_of_prompts, rows.gate)
-        x = attend(tokens, key_of, value_of, seen, bias, scale)
-        if not prompts.shape[2]:
-            return x
-        return torch.cat([x, attend(prompts, key, value, scale=scale)], 1)
-    if rows is not None:
-        extra = [part.to(key.dtype).expand(len(key), -1, -1, -1) for part in rows[:2]]
-        if rows.gate is not None:
-            seen = attend(query, *extra, scale=scale)
-            return attend(query, key, value, None, bias, scale) + rows.gate.to(seen.dtype) * seen
-        key, value = (torch.cat(pair, 2) for pair in zip((key, value), extra, strict=True))
+    if prompts is None:
+        return _softmax(query, key, value, bias, None, scale)
+    count = key.shape[2] - prompts.count
+    if prompts.rows is not None:
+        rows = (part.to(key.dtype).expand(len(key), -1, -1, -1) for part in prompts.rows[:2])
+        key, value = (torch.cat(pair, 2) for pair in zip((key, value), rows, strict=True))
+    mask, gate, gated = prompts.mask, prompts.gate, prompts.gated
+    if gate is None:
+        return _softmax(query, key, value, bias, mask, scale)
+    tokens, flowing = query.tensor_split([count], 2)
+    if gated is None:
+        x = _softmax(tokens, key[:, :, :count], value[:, :, :count], bias, None, scale)
+    else:
+        # the samples without a gate see prompts here; the others do not
+        x = _softmax(tokens, key, value, bias, mask & ~gated[:, None], scale)
+        gated = gated & mask.any(1)
+        gate, mask = gate * gated, mask | ~gated[:, None]  # a softmax over nothing is not a number
+    beside = _softmax(tokens, key[:, :, count:], value[:, :, count:], None, mask, scale)
+    x = x + gate.to(beside.dtype)[..., None, None] * beside
+    if not flowing.shape[2]:
+        return x
+    return torch.cat([x, _softmax(flowing, key, value, None, prompts.mask, scale)], 1)
+
+
+def _softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Attended values (B, Q, heads·head_dim), `mask` (B, P) being of the last P keys."""
+    queries, keys = query.shape[2], key.shape[2]
     if bias is not None:
-        queries, keys = query.shape[2], key.shape[2]
         bias = bias[:, :, :queries].to(query.dtype)
         bias = F.pad(bias, (0, keys - bias.shape[3], 0, queries - bias.shape[2]))
+    if mask is not None:
+        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        hidden = F.pad(hidden, (keys - mask.shape[1], 0))[:, None, None]
+        bias = hidden if bias is None else bias + hidden
     x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     return x.transpose(1, 2).flatten(2)

@@ -13,8 +13,8 @@ from vpt.errors import InputError
 def families() -> list[type[Backbone]]:
     """The adapter of every family."""
     names = (info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    modules = [name for name in names if name != "base" and not name.startswith("_")]
-    return [importlib.import_module(f"vpt.backbones.{module}").Adapter for module in modules]
+    modules = [importlib.import_module(f"vpt.backbones.{name}") for name in names]
+    return [module.Adapter for module in modules if hasattr(module, "Adapter")]
 
 
 def find_family(model: nn.Module) -> type[Backbone]:

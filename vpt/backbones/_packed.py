@@ -10,24 +10,25 @@ from torch.nn import functional as F
 from vpt.backbones._resblock import mix, project
 
 if TYPE_CHECKING:
-    from vpt.backbones.clip import Adapter
+    from vpt.backbones.text import TextPrompts
+    from vpt.backbones.texts.causal_eot import Tower
 
 
 class PackedSuffixes(nn.Module):
-    """What follows a common prefix in each of C texts, up to EOT, packed without padding.
+    """The tokens that follow a common prefix in each of C texts, packed without padding.
 
     In a causal tower the prefix cannot see what follows, so its keys and values are the same for
     all texts; and nothing that stands after EOT matters. So the prefix and the texts' own tokens
     pass norms, projections and MLPs as one sequence, and attention runs over texts of equal
-    length together. Exact.
+    length together. A context that the next block overwrites gives keys and values only. Exact.
     """
 
-    def __init__(self, tokens: Tensor, prefix_length: int) -> None:
-        """Tokens (C, T) of the whole texts; EOT is the highest id in each row."""
+    def __init__(self, ids: Tensor, lengths: Tensor, prefix_length: int) -> None:
+        """Ids (C, T) of the whole texts, of which the first `lengths` (C,) matter."""
         super().__init__()
-        lengths = tokens.argmax(1) + 1 - prefix_length
+        lengths = lengths - prefix_length
         order = lengths.argsort(stable=True)  # texts of equal length stand together
-        suffixes = [tokens[c, prefix_length : prefix_length + lengths[c]] for c in order]
+        suffixes = [ids[c, prefix_length : prefix_length + lengths[c]] for c in order]
         starts = [prefix_length + torch.arange(len(suffix)) for suffix in suffixes]
         counts = torch.unique(lengths, return_counts=True)
         self.prefix_length = prefix_length
@@ -38,44 +39,63 @@ class PackedSuffixes(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("ends", ends, persistent=False)
         longest = int(lengths.max())
-        # of each own token: the prefix, and own tokens up to itself
-        visible = torch.ones(longest, prefix_length + longest, dtype=torch.bool).tril(prefix_length)
+        # of each token of a text, the prefix's first: itself and what stands before it
+        visible = torch.ones([prefix_length + longest] * 2, dtype=torch.bool).tril()
         self.register_buffer("visible", visible, persistent=False)
         self.register_buffer("inverse", order.argsort(), persistent=False)
 
-    def forward(self, backbone: "Adapter", prefixes: Tensor) -> Tensor:
-        """Text features (B, C, feature_dim), not normalised, of all texts after each prefix.
+    def forward(self, tower: "Tower", prefixes: Tensor, prompts: "TextPrompts") -> Tensor:
+        """Text features (B, C, dim), not normalised, of all texts after each prefix.
 
         Args:
-            backbone: one that `knows_text_rows`.
-            prefixes: embeddings (B, P, text_width): one for all images, or one for each.
+            tower: one that `knows_rows`.
+            prefixes: embeddings (B, P, width): one for all images, or one for each.
+            prompts: sets (M, width) that overwrite the context at the input of block 1, 2, …
         """
-        model = backbone.text_tower
-        suffixes = backbone.embed_tokens(self.ids).expand(len(prefixes), -1, -1)
-        x = torch.cat([prefixes, suffixes], 1) + model.positional_embedding[self.positions]
-        *blocks, last = model.transformer.resblocks
-        for block in blocks:
-            x = backbone.remember(self._block, block, x)
+        parts, start = tower.parts, tower.start
+        suffixes = tower.embed(self.ids).expand(len(prefixes), -1, -1)
+        x = torch.cat([prefixes, suffixes], 1) + parts.positional_embedding[self.positions]
+        *blocks, last = parts.transformer.resblocks
+        for index, block in enumerate(blocks):
+            # the context is spent in this block if the next one brings another
+            count = prompts[index].shape[-2] if index < len(prompts) else 0
+            spent = range(start, start + count)
+            x = tower.remember(self._block, block, x, spent)
+            if spent:
+                prompt = prompts[index].to(x.dtype).expand(len(x), -1, -1)
+                x = torch.cat([x[:, :start], prompt, x[:, start:]], 1)
         ends = x[:, self.ends]
         queries = project(last, ends, slice(0, 1))
         x = mix(last, ends, self._attend(*queries, *project(last, x, slice(1, 3))))
-        return backbone.finish_text(x)[:, self.inverse]
+        return tower.finish(x)[:, self.inverse]
 
-    def _block(self, block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-        return mix(block, x, self._attend(*project(block, x, slice(0, 3))))
+    def _block(self, block: ResidualAttentionBlock, x: Tensor, spent: range) -> Tensor:
+        """The block on all packed tokens (B, N, width), but without the outputs of `spent`."""
+        if not spent:
+            return mix(block, x, self._attend(*project(block, x, slice(0, 3))))
+        rest = torch.cat([x[:, : spent.start], x[:, spent.stop :]], 1)
+        queries = project(block, rest, slice(0, 1))
+        return mix(block, rest, self._attend(*queries, *project(block, x, slice(1, 3)), spent))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, spent: range = range(0)) -> Tensor:
         """Attended values (B, queries, width), each token in its own text.
 
-        Keys and values (B, heads, N, head_dim) are of all packed tokens; the queries of all, or
-        of the texts' ends alone (B, heads, C, head_dim).
+        Keys and values (B, heads, N, head_dim) are of all packed tokens; the queries of all but
+        `spent`, or of the texts' ends alone (B, heads, C, head_dim).
         """
-        sizes = [self.prefix_length, *(length * count for length, count in self.groups)]
+        prefix = self.prefix_length
+        sizes = [prefix, *(length * count for length, count in self.groups)]
         (shared_key, *keys), (shared_value, *values) = key.split(sizes, 2), value.split(sizes, 2)
         attended = []
-        if query.shape[2] == key.shape[2]:
-            first, *queries = query.split(sizes, 2)
-            x = F.scaled_dot_product_attention(first, shared_key, shared_value, is_causal=True)
+        if query.shape[2] == key.shape[2] - len(spent):
+            first, *queries = query.split([prefix - len(spent), *sizes[1:]], 2)
+            visible = None
+            if spent:
+                rows = self.visible[:prefix, :prefix]
+                visible = torch.cat([rows[: spent.start], rows[spent.stop :]])
+            x = F.scaled_dot_product_attention(
+                first, shared_key, shared_value, visible, is_causal=visible is None
+            )
             attended.append(x)
         else:
             queries = query.split([count for _, count in self.groups], 2)
@@ -85,7 +105,8 @@ class PackedSuffixes(nn.Module):
             key, value = _after(shared_key, key, count), _after(shared_value, value, count)
             query = query.unflatten(2, (count, -1)).flatten(0, 1)
             # the end sees everything
-            visible = self.visible[:length, : key.shape[2]] if query.shape[2] == length else None
+            seen = prefix + length
+            visible = self.visible[prefix:seen, :seen] if query.shape[2] == length else None
             x = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
             attended.append(x.unflatten(0, shared_key.shape[:2]).flatten(2, 3))
         return torch.cat(attended, 2).transpose(1, 2).flatten(2)

@@ -6,7 +6,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from vpt.backbones import _attention
-from vpt.backbones.base import Among, Rows
+from vpt.backbones.base import LayerPrompts
 
 
 def is_plain(block: nn.Module) -> bool:
@@ -29,12 +29,12 @@ def project(block: ResidualAttentionBlock, tokens: Tensor, parts: slice) -> tupl
 def attend(
     block: ResidualAttentionBlock,
     tokens: Tensor,
-    rows: Rows | Among | None = None,
+    prompts: LayerPrompts | None = None,
     queries: int | None = None,
 ) -> Tensor:
-    """The block on tokens (B, N, width) that also attend to `rows`; the first `queries` of them."""
+    """The block on tokens (B, N, width) with prompts; the first `queries` of its output."""
     parts = _attention.query_key_value(partial(project, block), tokens, queries)
-    return mix(block, tokens[:, :queries], _attention.attend(*parts, rows))
+    return mix(block, tokens[:, :queries], _attention.attend(*parts, prompts))
 
 
 def mix(block: ResidualAttentionBlock, tokens: Tensor, attended: Tensor) -> Tensor:

@@ -1,42 +1,38 @@
-"""What every frozen image model is to this package: embed → blocks → finish, with prompts."""
+"""Frozen image models as this package runs them: embed → blocks → pool, with prompts."""
 
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from vpt.backbones._flow import Flow
+from vpt.backbones._prompts import LayerPrompts, Position, Prompts, Rows
 from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
-Position = Literal["prepend", "append"]
+__all__ = [
+    "Backbone",
+    "LayerPrompts",
+    "Position",
+    "Prompts",
+    "Rows",
+    "Tokens",
+    "share",
+]
 
 
-class Rows(NamedTuple):
-    """Keys and values of prompts, each (1 or B, heads, P, head_dim), beside a block's own.
+class Tokens(NamedTuple):
+    """Outputs of the last block after the final norm, each (B, N, width)."""
 
-    Without a `gate`, tokens attend to both in one softmax (Jia et al. 2022). With one, a scalar,
-    prompts have a softmax of their own, and `gate` times what it gives is added: at 0 the block is
-    as without prompts (zero-init attention, Zhang et al. 2023, section 3.2).
-    """
-
-    key: Tensor
-    value: Tensor
-    gate: Tensor | None = None
-
-
-class Among(NamedTuple):
-    """Prompts that are the last `count` tokens of a block, and see all of them.
-
-    What the tokens before them see of them is gated as in `Rows`.
-    """
-
-    count: int
-    gate: Tensor
+    prefix: Tensor
+    prompts: Tensor
+    patches: Tensor
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -53,7 +49,7 @@ def share(model: nn.Module) -> nn.Module:
 
 
 class Backbone(nn.Module):
-    """Adapter of one family: a subclass sets the attributes and says how to embed and finish.
+    """Adapter of one family: a subclass sets the attributes and says how to embed and pool.
 
     Tokens are (B, N, width); the first `num_prefix_tokens` of them are not patches.
     """
@@ -66,7 +62,7 @@ class Backbone(nn.Module):
     patch_size: tuple[int, int]
     feature_dim: int
     preprocess: Preprocess
-    readout_tokens: int | None = None  # how many leading tokens `finish` reads; None: all
+    readout_tokens: int | None = None  # how many leading tokens `pool` reads; None: all
     appends_prompts = False  # True: blocks know each token's place, so prompts stand after all
     knows_rows = False  # whether `block` and `rows` are spelled for this model's blocks
     exact_tokens = False  # True: prompts always take the plain path, as tokens
@@ -128,7 +124,7 @@ class Backbone(nn.Module):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
         """Tokens through block `index`.
@@ -136,8 +132,8 @@ class Backbone(nn.Module):
         Args:
             index: of the block.
             tokens: (B, N, width).
-            rows: keys and values (see `rows`) that all tokens attend to beside the tokens' own, or
-                which tokens are gated prompts.
+            prompts: keys and values (see `rows`) that tokens attend to beside their own, and which
+                tokens are prompts where these are gated or masked.
             queries: compute only the first so many tokens of the output; None: all.
         """
         raise NotImplementedError
@@ -146,125 +142,145 @@ class Backbone(nn.Module):
         """Keys and values of prompts (P, width) or (B, P, width) in block `index`."""
         raise NotImplementedError
 
-    def finish(self, tokens: Tensor) -> Tensor:
-        """Tokens after the last block to features (B, feature_dim)."""
+    def input_norm(self, prompts: Tensor) -> Tensor:
+        """Prompts (…, width) that stand before the tower's own input norm, after it."""
+        return prompts
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, width) after the last block, after the norm that stands before pooling."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        images: Tensor,
-        prompts: Sequence[Tensor] | Tensor = (),
-        layers: Sequence[int] = (),
-        position: Position = "prepend",
-        gates: Sequence[Tensor] | Tensor | None = None,
-    ) -> Tensor:
-        """Features (B, feature_dim) of images (B, 3, H, W), with prompts.
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Tokens after the last block to what the tower pools of them, (B, …), not projected."""
+        raise NotImplementedError
 
-        Before block `layers[i]` the prompt slots are (over)written with `prompts[i]`; in the blocks
-        between, prompts are ordinary tokens (Jia et al. 2022, eq. 4-6). A prompt that the next
-        block overwrites needs no output, so only its keys and values are computed: exact, and
-        chosen where the blocks are known (`knows_rows`) unless `exact_tokens` is set.
+    def project(self, pooled: Tensor) -> Tensor:
+        """Pooled outputs to features (B, feature_dim)."""
+        return pooled
 
-        Args:
-            images: normalised as `preprocess` says.
-            prompts: for each of `layers` (P, width), (B, P, width) for one set a sample, or the
-                keys and values that `fold_prompts` made of them. A narrower block takes the leading
-                columns.
-            layers: ascending.
-            position: after the prefix tokens, or after the last patch. The output is the same,
-                since prompts carry no position embedding.
-            gates: a scalar for each block from `layers[0]` on, see `Rows` and `Among`; only for a
-                backbone that knows rows.
+    def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Features (B, feature_dim) of images (B, 3, H, W), normalised as `preprocess` says.
+
+        A prompt that the next block overwrites needs no output, so only its keys and values are
+        computed: exact, and chosen where the blocks are known (`knows_rows`) unless `exact_tokens`
+        is set. Samples of a mixed batch (see `Prompts.stack`) then run together, else one by one.
         """
-        return self.finish(self._run(images, prompts, layers, position, None, gates))
+        return self.project(self.pooled(images, prompts))
 
-    def forward_intermediates(
+    def pooled(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Features before the projection (B, …); the arguments are those of `forward`."""
+        return self.pool(self._run(images, prompts))
+
+    def tokens(self, images: Tensor, prompts: Prompts | None = None) -> Tokens:
+        """Outputs of all tokens after the final norm; those of prompts where `prompts.read` is set.
+
+        A mixed batch has as many prompts as its longest set; `prompts.sets[-1].mask` says whose
+        are whose.
+        """
+        outputs: list[Tensor] = []
+        tokens = self.final_norm(self._run(images, prompts, outputs=outputs))
+        prefix = self.num_prefix_tokens
+        read = self.final_norm(outputs[0]) if outputs else tokens[:, :0]
+        return Tokens(tokens[:, :prefix], read, tokens[:, prefix:])
+
+    def feature_maps(
         self,
         images: Tensor,
-        prompts: Sequence[Tensor] | Tensor = (),
-        layers: Sequence[int] = (),
-        position: Position = "prepend",
+        prompts: Prompts | None = None,
         indices: Sequence[int] | None = None,
-        gates: Sequence[Tensor] | Tensor | None = None,
     ) -> list[Tensor]:
         """Feature maps (B, width, rows, columns) after the blocks `indices`; None: after all.
 
         Of patches only, without prompts, prefix tokens and final norm: timm's
-        `forward_intermediates` with `norm=False`. The other arguments are those of `forward`.
+        `forward_intermediates` with `norm=False`.
         """
         maps: dict[int, Tensor] = {}
-        self._run(images, prompts, layers, position, maps, gates)
+        self._run(images, prompts, maps=maps)
         return [maps[index] for index in (maps if indices is None else indices)]
+
+    def fold(self, prompts: Prompts) -> Prompts:
+        """`prompts` with keys and values in the place of tokens where `forward` would make them."""
+        return prompts._replace(
+            sets=[
+                self.rows(index, each[..., : self.widths[index]])
+                if isinstance(each, Tensor) and self.as_rows(index, prompts)
+                else each
+                for index, each in zip(prompts.layers, prompts.sets, strict=True)
+            ]
+        )
+
+    @property
+    def _fast(self) -> bool:
+        return self.knows_rows and not self.exact_tokens
+
+    def as_rows(self, index: int, prompts: Prompts) -> bool:
+        """Whether no output of the tokens that enter block `index` is ever used."""
+        last = index == self.num_layers - 1
+        unused = not prompts.read if last else index + 1 in prompts.layers and prompts.mix is None
+        return self._fast and unused
 
     def _run(
         self,
         images: Tensor,
-        prompts: Sequence[Tensor] | Tensor,
-        layers: Sequence[int],
-        position: Position,
-        maps: dict[int, Tensor] | None,
-        gates: Sequence[Tensor] | Tensor | None,
+        prompts: Prompts | None,
+        maps: dict[int, Tensor] | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """Tokens after the last block, without prompts; `maps` takes the feature maps."""
-        fast = self.knows_rows and not self.exact_tokens
-        last_place = fast or self.appends_prompts or gates is not None
-        prepend = position == "prepend" and not last_place
-        tokens, widths, num_prompts = self.embed(images), self.widths, 0
-        for index in range(self.num_layers):
-            last = index == self.num_layers - 1
-            rows = queries = gate = None
-            if gates is not None and index >= layers[0]:
-                gate = gates[index - layers[0]]
-            if index in layers:
-                tokens, num_prompts = self._strip(tokens, num_prompts, prepend), 0
-            tokens = self.enter(index, tokens, num_prompts)
-            if index in layers:
-                prompt = prompts[layers.index(index)][..., : widths[index]]
-                if prompt.dim() == 5:  # folded
-                    rows = Rows(*prompt, gate)
-                elif fast and (last or index + 1 in layers):
-                    rows = self.rows(index, prompt)._replace(gate=gate)
-                else:
-                    prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
-                    start = self.num_prefix_tokens if prepend else tokens.shape[1]
-                    tokens = torch.cat([tokens[:, :start], prompt, tokens[:, start:]], 1)
-                    num_prompts = prompt.shape[1]
-            if num_prompts and gate is not None:
-                rows = Among(num_prompts, gate)
-            if fast and last:
-                count, num_prompts = tokens.shape[1] - num_prompts, 0
-                queries = count if maps is not None else self.readout_tokens or count
-            tokens = self.remember(self.block, index, tokens, rows, queries)
-            if maps is not None:
-                patches = self._strip(tokens, num_prompts, prepend)[:, self.num_prefix_tokens :]
-                maps[index] = patches.mT.unflatten(2, self.grid(index, images))
-        return self._strip(tokens, num_prompts, prepend)
+        """Tokens after the last block, without prompts, whose own outputs `outputs` takes.
 
-    def _strip(self, tokens: Tensor, num_prompts: int, prepend: bool) -> Tensor:
-        """Tokens without their prompts."""
-        if not num_prompts:
-            return tokens
-        if not prepend:
-            return tokens[:, :-num_prompts]
-        start = self.num_prefix_tokens
-        return torch.cat([tokens[:, :start], tokens[:, start + num_prompts :]], 1)
+        `maps` takes the feature maps.
+        """
+        prompts = prompts or Prompts([], [])
+        if prompts.mixed and not self._fast:
+            return self._one_by_one(images, prompts, maps, outputs)
+        at_end = self._fast or self.appends_prompts
+        at_end = at_end or prompts.gates is not None or prompts.mix is not None
+        flow = Flow(self, prompts, prepend=prompts.position == "prepend" and not at_end)
+        tokens = self.embed(images)
+        for index in range(self.num_layers):
+            tokens, seen = flow.enter(index, tokens)
+            queries = None
+            if self._fast and index == self.num_layers - 1 and not (flow.count and prompts.read):
+                count = tokens.shape[1] - flow.count
+                all_read = maps is not None or outputs is not None
+                queries = count if all_read else self.readout_tokens or count
+                flow.count = 0
+            tokens = self.remember(self.block, index, tokens, seen, queries)
+            tokens = flow.leave(index, tokens)
+            if maps is not None:
+                patches = flow.strip(tokens)[:, self.num_prefix_tokens :]
+                maps[index] = patches.mT.unflatten(2, self.grid(index, images))
+        if outputs is not None and prompts.read and flow.count:
+            outputs.append(flow.among(tokens))
+        return flow.strip(tokens)
+
+    def _one_by_one(
+        self,
+        images: Tensor,
+        prompts: Prompts,
+        maps: dict[int, Tensor] | None,
+        outputs: list[Tensor] | None,
+    ) -> Tensor:
+        """`_run` for the samples of a mixed batch apart: blocks that know no mask, or as proof."""
+        tokens, all_maps, read = [], [], []
+        for number in range(len(images)):
+            own_maps: dict[int, Tensor] = {}
+            own_outputs: list[Tensor] = []
+            image = images[number : number + 1]
+            tokens.append(self._run(image, prompts.sample(number), own_maps, own_outputs))
+            all_maps.append(own_maps)
+            read.append(own_outputs[0][0] if own_outputs else tokens[-1][0, :0])
+        if maps is not None:
+            maps |= {index: torch.cat([own[index] for own in all_maps]) for index in all_maps[0]}
+        if outputs is not None and prompts.read:
+            outputs.append(pad_sequence(read, batch_first=True))
+        return torch.cat(tokens)
 
     def remember(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """What `block` makes of `inputs`; with `checkpointing` only these are kept for backward."""
+        """Output of `block` on `inputs`; with `checkpointing` only these are kept for backward."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-    def fold_prompts(self, prompts: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """`prompts` for `forward`; where it would make rows of them, keys and values, stacked."""
-        fast = self.knows_rows and not self.exact_tokens
-        last = self.num_layers - 1
-        return [
-            torch.stack(self.rows(index, prompt[..., : self.widths[index]])[:2])
-            if fast and (index == last or index + 1 in layers)
-            else prompt
-            for index, prompt in zip(layers, prompts, strict=True)
-        ]
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, project, query_key_value
-from vpt.backbones.base import Among, Rows
+from vpt.backbones.base import LayerPrompts, Rows
 
 
 class Adapter(vit.Adapter):
@@ -37,19 +37,19 @@ class Adapter(vit.Adapter):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
         """The block's forward spelled out: timm's takes no tokens without a position."""
         block = self.model.blocks[index]
         attn, scale1, scale2 = block.attn, block.gamma_1, block.gamma_2
-        parts = query_key_value(partial(self.project, block), block.norm1(tokens), queries)
-        x = attn.proj_drop(attn.proj(attend(*parts, rows, self._bias(attn))))
+        parts = query_key_value(partial(self.qkv, block), block.norm1(tokens), queries)
+        x = attn.proj_drop(attn.proj(attend(*parts, prompts, self._bias(attn))))
         tokens = tokens[:, :queries] + block.drop_path1(x if scale1 is None else scale1 * x)
         x = block.mlp(block.norm2(tokens))
         return tokens + block.drop_path2(x if scale2 is None else scale2 * x)
 
-    def project(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
+    def qkv(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
         """Those `parts` of (query, key, value) of normed tokens x (B, N, width)."""
         attn = block.attn
         bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
@@ -59,7 +59,7 @@ class Adapter(vit.Adapter):
         """The prompts through the block's norm and its key and value projections."""
         block = self.model.blocks[index]
         prompts = block.norm1(prompts.view(-1, *prompts.shape[-2:]))
-        return Rows(*self.project(block, prompts, slice(1, 3)))
+        return Rows(*self.qkv(block, prompts, slice(1, 3)))
 
     def _bias(self, attn: nn.Module) -> Tensor | None:
         """Position bias (1, heads, N, N): the block's own and the one that all blocks share."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, project, query_key_value
-from vpt.backbones.base import Among, Rows
+from vpt.backbones.base import LayerPrompts
 
 
 class Adapter(vit.Adapter):
@@ -44,25 +44,23 @@ class Adapter(vit.Adapter):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
-        """The block itself, or, with rows or fewer queries, its forward spelled out."""
+        """The block itself, or, with prompts or fewer queries, its forward spelled out."""
         block, rope = self.model.blocks[index], self._rope(index, tokens)
-        if rows is None and queries is None:
+        if prompts is None and queries is None:
             return block(tokens, rope=rope)
         attn, scale1, scale2 = block.attn, block.gamma_1, block.gamma_2
-        query, key, value = query_key_value(
-            partial(self.project, block), block.norm1(tokens), queries
-        )
+        query, key, value = query_key_value(partial(self.qkv, block), block.norm1(tokens), queries)
         query = _rotate(attn, attn.q_norm(query), rope).type_as(value)
         key = _rotate(attn, attn.k_norm(key), rope).type_as(value)
-        x = attn.proj_drop(attn.proj(attn.norm(attend(query, key, value, rows))))
+        x = attn.proj_drop(attn.proj(attn.norm(attend(query, key, value, prompts))))
         tokens = tokens[:, :queries] + block.drop_path1(x if scale1 is None else scale1 * x)
         x = block.mlp(block.norm2(tokens))
         return tokens + block.drop_path2(x if scale2 is None else scale2 * x)
 
-    def project(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
+    def qkv(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
         """Those `parts` of (query, key, value) of normed tokens x (B, N, width)."""
         attn = block.attn
         if attn.qkv is None:

@@ -5,15 +5,14 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vpt.backbones._resblock import attend, is_plain, project
-from vpt.backbones.base import Among, Backbone, Rows
+from vpt.backbones.base import Backbone, LayerPrompts, Rows
 from vpt.data.transforms import Preprocess
 
 
 class Adapter(Backbone):
     """Prompts enter after `ln_pre`; features are projected into the joint space.
 
-    MaPLe and IVLP insert them before `ln_pre`, a norm of each token alone: the same as giving
-    `image_tower.ln_pre(prompts)` for block 0.
+    MaPLe's family puts them before `ln_pre`, a norm of each token alone: see `input_norm`.
     """
 
     family = "open_clip VisionTransformer"
@@ -42,21 +41,32 @@ class Adapter(Backbone):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
-        """The block itself, or, with rows or fewer queries, its forward spelled out."""
+        """The block itself, or, with prompts or fewer queries, its forward spelled out."""
         block = self.model.transformer.resblocks[index]
-        if rows is None and queries is None:
+        if prompts is None and queries is None:
             return block(tokens)
-        return attend(block, tokens, rows, queries)
+        return attend(block, tokens, prompts, queries)
 
     def rows(self, index: int, prompts: Tensor) -> Rows:
         """The prompts through the block's norm and its key and value projections."""
         block = self.model.transformer.resblocks[index]
         return Rows(*project(block, prompts.view(-1, *prompts.shape[-2:]), slice(1, 3)))
 
-    def finish(self, tokens: Tensor) -> Tensor:
-        """Final norm, the model's own pooling (CoCa: attention), projection."""
-        pooled, _ = self.model._pool(tokens)
+    def input_norm(self, prompts: Tensor) -> Tensor:
+        """`ln_pre`."""
+        return self.model.ln_pre(prompts)
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """`ln_post`; nothing where it stands after an attention pooling."""
+        return tokens if self.model.attn_pool is not None else self.model.ln_post(tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Final norm and the model's own pooling (CoCa: attention)."""
+        return self.model._pool(tokens)[0]
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Into the joint space."""
         return pooled if self.model.proj is None else pooled @ self.model.proj

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, query_key_value
-from vpt.backbones.base import Among, Rows
+from vpt.backbones.base import LayerPrompts
 
 
 class Adapter(vit.Adapter):
@@ -40,17 +40,15 @@ class Adapter(vit.Adapter):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
         """The block's forward spelled out: timm's takes no tokens without a position."""
         block = self.model.blocks[index]
         attn = block.attn
-        query, key, value = query_key_value(
-            partial(self.project, block), block.norm1(tokens), queries
-        )
+        query, key, value = query_key_value(partial(self.qkv, block), block.norm1(tokens), queries)
         bias = (attn.rel_pos or self.model.shared_rel_pos).get_bias()
-        x = attend(attn.q_norm(query), attn.k_norm(key), value, rows, bias)
+        x = attend(attn.q_norm(query), attn.k_norm(key), value, prompts, bias)
         x = attn.proj_drop(attn.proj(x))
         tokens = tokens[:, :queries] + block.drop_path1(block.ls1(x))
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))

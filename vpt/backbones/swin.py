@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpt.backbones._attention import attend, project
-from vpt.backbones.base import Among, Backbone, Rows
+from vpt.backbones.base import Backbone, LayerPrompts, Rows
 from vpt.backbones.vit import hub_config
 from vpt.data.transforms import Preprocess
 
@@ -79,19 +79,19 @@ class Adapter(Backbone):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
         """The block itself, or, with prompts, its forward spelled out."""
         block = self.blocks[index]
         height, width = block.input_resolution
-        if rows is None and tokens.shape[1] == height * width:
+        if prompts is None and tokens.shape[1] == height * width:
             return block(tokens.unflatten(1, (height, width))).flatten(1, 2)
         if self.is_v2:
-            attended = block.norm1(self._attention(block, tokens, rows))
+            attended = block.norm1(self._attention(block, tokens, prompts))
             tokens = (tokens + block.drop_path1(attended))[:, :queries]
             return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))
-        attended = self._attention(block, block.norm1(tokens), rows)
+        attended = self._attention(block, block.norm1(tokens), prompts)
         tokens = (tokens + block.drop_path1(attended))[:, :queries]
         return tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
 
@@ -104,15 +104,19 @@ class Adapter(Backbone):
         )
         return Rows(F.normalize(key, dim=-1) if self.is_v2 else key, value)
 
-    def finish(self, tokens: Tensor) -> Tensor:
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """The model's `norm`."""
+        return self.model.norm(tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, then the mean over patches."""
         tokens = tokens.unflatten(1, self.blocks[-1].input_resolution)
-        return self.model.forward_head(self.model.norm(tokens))
+        return self.model.forward_head(self.final_norm(tokens))
 
-    def _attention(self, block: nn.Module, tokens: Tensor, rows: Rows | Among | None) -> Tensor:
+    def _attention(self, block: nn.Module, tokens: Tensor, prompts: LayerPrompts | None) -> Tensor:
         """Attention of patches and prompts (B, N + P, width) in shifted windows."""
         (height, width), window = block.input_resolution, block.window_size
-        patches, prompts = tokens[:, : height * width], tokens[:, height * width :]
+        patches, flowing = tokens[:, : height * width], tokens[:, height * width :]
         shift = tuple(-step for step in block.shift_size)
         x = torch.roll(patches.unflatten(1, (height, width)), shift, dims=(1, 2))
         x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
@@ -120,10 +124,8 @@ class Adapter(Backbone):
         mask = block.get_attn_mask(x) if block.dynamic_mask else block.attn_mask
         x = window_partition(x, window).flatten(1, 2)  # all windows of an image, then the next's
         batch, count = len(tokens), len(x) // len(tokens)
-        x = torch.cat([x, prompts.repeat_interleave(count, 0)], 1)
-        if isinstance(rows, Rows) and len(rows.key) > 1:
-            parts = (part.repeat_interleave(count, 0) for part in rows[:2])
-            rows = Rows(*parts, rows.gate)
+        x = torch.cat([x, flowing.repeat_interleave(count, 0)], 1)
+        prompts = prompts and prompts.repeat(count)
 
         attn = block.attn
         query, key, value = _project(attn, x, slice(0, 3))
@@ -133,14 +135,14 @@ class Adapter(Backbone):
         bias = _position_bias_v2(attn) if self.is_v2 else attn._get_rel_pos_bias()
         if mask is not None:
             bias = bias + mask[:, None].repeat(batch, 1, 1, 1)
-        x = attend(query, key, value, rows, bias, scale=1.0 if self.is_v2 else None)
+        x = attend(query, key, value, prompts, bias, scale=1.0 if self.is_v2 else None)
         x = attn.proj_drop(attn.proj(x))
 
         area = math.prod(window)
         patches = window_reverse(x[:, :area].unflatten(1, window), window, *padded)
         patches = torch.roll(patches[:, :height, :width], block.shift_size, dims=(1, 2))
-        prompts = x[:, area:].unflatten(0, (batch, count)).mean(1)
-        return torch.cat([patches.flatten(1, 2), prompts], 1)
+        flowing = x[:, area:].unflatten(0, (batch, count)).mean(1)
+        return torch.cat([patches.flatten(1, 2), flowing], 1)
 
 
 def _project(attn: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vpt.backbones._attention import attend, project, query_key_value
-from vpt.backbones.base import Among, Backbone, Rows
+from vpt.backbones.base import Backbone, LayerPrompts, Rows
 from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
 
@@ -62,23 +62,21 @@ class Adapter(Backbone):
         self,
         index: int,
         tokens: Tensor,
-        rows: Rows | Among | None = None,
+        prompts: LayerPrompts | None = None,
         queries: int | None = None,
     ) -> Tensor:
-        """The block itself, or, with rows or fewer queries, its forward spelled out."""
+        """The block itself, or, with prompts or fewer queries, its forward spelled out."""
         block = self.model.blocks[index]
-        if rows is None and queries is None:
+        if prompts is None and queries is None:
             return block(tokens)
         attn = block.attn
-        query, key, value = query_key_value(
-            partial(self.project, block), block.norm1(tokens), queries
-        )
-        x = attend(attn.q_norm(query), attn.k_norm(key), value, rows)
+        query, key, value = query_key_value(partial(self.qkv, block), block.norm1(tokens), queries)
+        x = attend(attn.q_norm(query), attn.k_norm(key), value, prompts)
         x = attn.proj_drop(attn.proj(attn.norm(x)))
         tokens = tokens[:, :queries] + block.drop_path1(block.ls1(x))
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
-    def project(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
+    def qkv(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
         """Those `parts` of (query, key, value) of normed tokens x (B, N, width)."""
         qkv = block.attn.qkv
         return project(x, qkv.weight, qkv.bias, block.attn.num_heads, parts)
@@ -87,12 +85,16 @@ class Adapter(Backbone):
         """The prompts through the block's norm and its key and value projections."""
         block = self.model.blocks[index]
         prompts = block.norm1(prompts.view(-1, *prompts.shape[-2:]))
-        key, value = self.project(block, prompts, slice(1, 3))
+        key, value = self.qkv(block, prompts, slice(1, 3))
         return Rows(block.attn.k_norm(key), value)
 
-    def finish(self, tokens: Tensor) -> Tensor:
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """The model's `norm`."""
+        return self.model.norm(tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, then the model's own pooling."""
-        tokens = self.model.norm(tokens)
+        tokens = self.final_norm(tokens)
         if not self.model.global_pool:
             patches = tokens[:, self.num_prefix_tokens :]
             return torch.cat([tokens[:, 0], patches.mean(1)], -1)

@@ -6,24 +6,18 @@ from pydantic import Field, PositiveInt
 
 from vpt import resources
 from vpt.config import Augment, Published, Strict, read_yaml, validate
-from vpt.errors import InputError
+from vpt.data import layouts
+from vpt.errors import InputError, nearest
 
 
 class Card(Strict):
-    """One file under datasets/. `layout` says how the files under `data.root` are read:
-
-    digits: scikit-learn's bundled digits, no root. folder: a folder of class folders, or
-    train/ + val/ + test/ of them. csv: `path,label[,split][,patient]`. npz: MedMNIST's arrays.
-    zhou: CoOp's `split_zhou_*.json` beside a folder of images. vtab: VTAB-1k's `train800.txt`,
-    `val200.txt` and `test.txt` (a path and a label a line). fgvc: VPT's `train.json`, `val.json`
-    and `test.json` (path: class number), or folders as above.
-    """
+    """One file under datasets/."""
 
     title: str
     source: str
     licence: str
     get: str  # where to get it and where to put it, for whoever does not have it
-    layout: Literal["digits", "folder", "csv", "npz", "zhou", "vtab", "fgvc"]
+    layout: str  # a module of vpt.data.layouts: how the files below `data.root` are read
     split: str  # the split protocol, in words
     task: Literal["multiclass", "multilabel"] = "multiclass"
     medical: bool = False  # results are shown as not for clinical use
@@ -49,6 +43,21 @@ def load_card(name: str) -> Card:
     """
     path = resources.find("datasets", name)
     card = validate(Card, dict(read_yaml(path)), where=str(path))
+    if card.layout not in layouts.names():
+        hint = nearest(card.layout, layouts.names())
+        raise InputError(f"{path}: layout={card.layout!r}: no such layout{hint}")
     if card.classes is not None and card.num_classes != len(card.classes):
         raise InputError(f"{path}: {len(card.classes)} classes, but num_classes={card.num_classes}")
     return card
+
+
+def plain_card(layout: str) -> Card:
+    """The card of one's own data, of a layout that no file under datasets/ is named after."""
+    return Card(
+        title=f"Your own images: {layout}",
+        source="yours",
+        licence="yours",
+        get=f"Give data.root=PATH, of the layout {layout}.",
+        layout=layout,
+        split="The data's own parts; without any, all but the shots drawn are the test set.",
+    )

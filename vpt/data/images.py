@@ -6,17 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vpt import targets
 from vpt.config import Window
 from vpt.data.dicom import read_frame
 from vpt.errors import InputError
-
-if TYPE_CHECKING:
-    from vpt.targets import Target
+from vpt.targets import Target
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 _DICOM_SUFFIXES = {".dcm", ".dicom"}
@@ -37,11 +35,9 @@ class Samples:
     names: list[str]
     patients: list[str] | None = None
     windows: tuple[Window, ...] | None = None
-    target: "Target" = None
+    target: Target = None
 
     def __post_init__(self) -> None:
-        from vpt import targets  # here, for torch takes seconds
-
         if self.target is None:
             object.__setattr__(self, "target", targets.of(self.labels))
 
@@ -89,6 +85,15 @@ class Samples:
         if isinstance(image, np.ndarray):
             return array_to_image(image)
         return read_image(image, least, self.windows)
+
+
+def samples_of(
+    root: Path, files: Sequence[tuple[str, int]], patients: list[str] | None = None
+) -> Samples:
+    """Samples of (path below `root`, label) pairs."""
+    names = [name for name, _ in files]
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    return Samples([root / name for name in names], labels, names, patients)
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:

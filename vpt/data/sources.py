@@ -1,38 +1,21 @@
 """Opens the data that a configuration means: card and root → class names, templates, parts."""
 
 import hashlib
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vpt import resources
 from vpt.config import Augment, DataConfig
-from vpt.data import layouts, published
-from vpt.data.cards import Card, load_card
+from vpt.data import layouts, medmnist
+from vpt.data.cards import Card, load_card, plain_card
 from vpt.data.dicom import patient
 from vpt.data.images import Samples, is_dicom
-from vpt.data.layouts import Read, some
-from vpt.errors import InputError
-
-if TYPE_CHECKING:
-    from vpt.targets import Target
+from vpt.errors import InputError, some
+from vpt.targets import Target
 
 __all__ = ["Samples", "Source", "open_source"]
-
-READERS: dict[str, Callable[..., Read]] = {
-    "digits": layouts.read_digits,
-    "folder": layouts.read_folder,
-    "csv": layouts.read_csv,
-    "npz": layouts.read_npz,
-    "zhou": published.read_zhou,
-    "vtab": published.read_vtab,
-    "fgvc": published.read_fgvc,
-}
-_ROOTS = {"csv": ".csv file", "npz": ".npz file"}  # of all other layouts: a folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +30,7 @@ class Source:
     parts: dict[str, Samples]
 
     @property
-    def target(self) -> "Target":
+    def target(self) -> Target:
         """The kind of the labels."""
         return next(iter(self.parts.values())).target
 
@@ -66,13 +49,13 @@ def open_source(config: DataConfig) -> Source:
     """
     root = None if config.root is None else config.root.expanduser()
     name = config.name or _recognise(root)
-    card = load_card(name)
-    if root is None and card.layout == "npz":
-        root = _downloaded(name)
-    _check_root(root, name, card)
+    card = _card(name, root)
+    root = root or medmnist.downloaded(name)
+    layout = layouts.find(card.layout)
+    _check_root(root, layout.ROOT, name, card)
     if root is not None:
         _check_sums(root, card)
-    found, parts = READERS[card.layout](root, card)
+    found, parts = layout.read(root, card)
     _check_dump(parts, card, where=f"data.root={root}")
     if config.windows and any(isinstance(s.images, np.ndarray) for s in parts.values()):
         raise InputError(f"data.windows={','.join(config.windows)}: {name} is not DICOM: drop it")
@@ -156,31 +139,24 @@ def _patients(parts: dict[str, Samples]) -> dict[str, list[str] | None]:
     return patients
 
 
-def _downloaded(name: str) -> Path | None:
-    """The largest of the sizes that the medmnist package has downloaded."""
-    files = Path("~/.medmnist").expanduser().glob(f"{name}*.npz")
-    return max(files, key=lambda file: file.stat().st_size, default=None)
-
-
 def _recognise(root: Path | None) -> str:
     if root is None:
         raise InputError("no data: give data.root=PATH or data.name=NAME")
     if not root.exists():
         raise InputError(f"data.root={root}: no such file or folder: mend the path")
-    if root.is_dir():
-        return "folder"
-    suffix = root.suffix.lower()
-    if suffix == ".npz":  # MedMNIST's own file names: breastmnist.npz, breastmnist_224.npz
-        stem = re.sub(r"_\d+$", "", root.stem)
-        known = stem in resources.names("datasets") and load_card(stem).layout == "npz"
-        return stem if known else "npz"
-    if suffix == ".csv":
-        return "csv"
-    raise InputError(f"data.root={root}: not a folder, .csv or .npz: unpack it if it is an archive")
+    return medmnist.card_name(root) or layouts.recognise(root)
 
 
-def _check_root(root: Path | None, name: str, card: Card) -> None:
-    if card.layout == "digits":
+def _card(name: str, root: Path | None) -> Card:
+    """The card called `name`; a layout of one's own may be named without one."""
+    own = name in layouts.names() and name not in resources.names("datasets")
+    if own and root is not None and layouts.find(name).recognise(root):
+        return plain_card(name)
+    return load_card(name)
+
+
+def _check_root(root: Path | None, expected: str | None, name: str, card: Card) -> None:
+    if expected is None:
         if root is not None:
             raise InputError(f"data.root={root}: data.name={name} reads no files: drop one of them")
         return
@@ -188,11 +164,11 @@ def _check_root(root: Path | None, name: str, card: Card) -> None:
         raise InputError(f"data.name={name} needs data.root=PATH: {card.get}")
     if not root.exists():
         raise InputError(f"data.root={root}: no such file or folder: {card.get}")
-    expected = _ROOTS.get(card.layout, "folder")
-    found = "folder" if root.is_dir() else f"{root.suffix.lower()} file"
+    found = "folder" if root.is_dir() else root.suffix.lower()
     if found != expected:
+        wanted, given = (kind if kind == "folder" else f"{kind} file" for kind in (expected, found))
         raise InputError(
-            f"data.root={root}: data.name={name} expects a {expected}, not a {found}: {card.get}"
+            f"data.root={root}: data.name={name} expects a {wanted}, not a {given}: {card.get}"
         )
 
 

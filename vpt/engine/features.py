@@ -113,7 +113,7 @@ class FrozenColumns:
         model, images = self.model, self.train.dataset
         tunable = model.tunable_parameters()
         frozen = {n: t.cpu() for n, t in model.artifact_tensors().items() if n not in tunable}
-        own = model.overrides("features", "frozen_columns")
+        own = model.overrides("image_prompts", "pixels", "read", "features", "frozen_columns")
         text = json.dumps(
             {
                 "version": package_version(),

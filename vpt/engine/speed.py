@@ -169,11 +169,11 @@ def _coop(clip: open_clip.CLIP, classes: int, tokens: int) -> methods.Method:
 
 def _all_positions(model: methods.Method) -> Tensor:
     """CoOp's text features with every position of the context, as the reference computes them."""
-    backbone = model.backbone
-    x = model.prompt_embeddings()
-    missing = backbone.model.context_length - x.shape[1]
-    padding = backbone.embed_tokens(model.tokens.new_zeros(len(x), missing))
-    return backbone.encode_embeddings(torch.cat([x, padding], 1), model.tokens.argmax(1))
+    tower = model.backbone.text
+    x = model.prompt_embeddings(model.context)
+    padding = model.tokens.new_zeros(len(x), tower.parts.context_length - x.shape[1])
+    ids = torch.cat([model.tokens, padding], 1)
+    return tower.run(torch.cat([x, tower.embed(padding)], 1), ids)
 
 
 def _coop_text(clip: open_clip.CLIP, classes: int, tokens: int) -> Work:

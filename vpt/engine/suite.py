@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from vpt import methods
 from vpt.config import Parts, RunConfig, Seed, SuiteConfig, compose
+from vpt.data import layouts
 from vpt.data.cards import load_card
 from vpt.engine.run import RunFolder, default_folder, run
 from vpt.errors import InputError
@@ -153,7 +154,7 @@ def _setting(
 
 
 def _root(suite: SuiteConfig, data: str) -> str | None:
-    if load_card(data).layout == "digits":
+    if layouts.find(load_card(data).layout).ROOT is None:
         return None
     if suite.root is None:
         raise InputError(f"{data}: give root=DIR, the folder of the data sets")

@@ -1,7 +1,6 @@
 """One file a method, found by its file name; `attach` puts one on a frozen backbone."""
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Sequence
 from typing import Any
@@ -32,21 +31,24 @@ def find(name: str) -> type[Method]:
     """
     if name not in names():
         raise InputError(f"no method {name!r}{nearest(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}").Prompted
+    module = importlib.import_module(f"{__name__}.{name}")
+    classes = (value for value in vars(module).values() if isinstance(value, type))
+    return next(c for c in classes if issubclass(c, Method) and c.__module__ == module.__name__)
 
 
-def check_options(name: str, options: dict[str, Any]) -> Strict:
+def check_options(method: str | type[Method], options: dict[str, Any]) -> Strict:
     """The method's options, checked.
 
     Raises:
         InputError: unknown method or option, wrong type, value out of range.
     """
-    return validate(find(name).Options, options, where=f"method {name}")
+    cls = find(method) if isinstance(method, str) else method
+    return validate(cls.Options, options, where=f"method {cls.name}")
 
 
 def attach(
     backbone: nn.Module,
-    method: str = "vpt_deep",
+    method: str | type[Method] = "vpt_deep",
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
@@ -58,7 +60,7 @@ def attach(
 
     Args:
         backbone: a timm vision transformer, an open_clip CLIP, or `vpt.backbones.load(...)`.
-        method: a name from `vpt list methods`.
+        method: a name from `vpt list methods`, or a class of one's own.
         num_classes: how many classes, where `class_names` are not given.
         class_names: in label order; methods with a text tower need them.
         tokenizer: texts → token ids (N, T), for CLIP methods; None: CLIP's own.
@@ -69,23 +71,21 @@ def attach(
     Raises:
         InputError: unsupported backbone, unknown method, option or target, missing class names.
     """
-    cls = find(method)
-    checked = check_options(method, options)
+    cls = find(method) if isinstance(method, str) else method
+    checked = check_options(cls, options)
     adapted = backbones.adapt(backbone)
-    takes_tokenizer = "tokenizer" in inspect.signature(cls).parameters
-    reads_names = takes_tokenizer and hasattr(adapted, "encode_texts")
+    reads_names = cls.reads_text and hasattr(adapted, "encode_texts")
     if class_names is None:
         if num_classes is None or reads_names:
             needed = "class_names" if reads_names else "num_classes or class_names"
-            raise InputError(f"{method} needs {needed}")
+            raise InputError(f"{cls.name} needs {needed}")
         class_names = [str(label) for label in range(num_classes)]
     if num_classes not in (None, len(class_names)):
         raise InputError(f"num_classes={num_classes}, but {len(class_names)} class_names")
     if len(class_names) < 2:
-        raise InputError(f"{method} needs at least two classes, got {list(class_names)}")
-    extra = {"tokenizer": tokenizer} if takes_tokenizer else {}
+        raise InputError(f"{cls.name} needs at least two classes, got {list(class_names)}")
     target = targets.find(target or ("multilabel" if multilabel else "multiclass"))
     texts = target.texts(class_names) if reads_names else list(class_names)
-    model = cls(adapted, texts, checked, **extra)
+    model = cls(adapted, texts, checked, tokenizer)
     model.class_names, model.target = list(class_names), target
     return model.to(adapted.device)

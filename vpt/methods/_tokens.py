@@ -1,20 +1,22 @@
-"""Learnable tokens in a frozen image tower: what VPT's methods share."""
+"""The image half of learnable tokens in a frozen image tower."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpt.backbones.base import Backbone, Position
+from vpt.backbones._prompts import map_tensors
+from vpt.backbones.base import Backbone, Position, Prompts
+from vpt.backbones.clip import Tokenizer
+from vpt.config import Strict
 from vpt.errors import InputError
-from vpt.methods._probed import ProbedMethod, ProbedOptions
 from vpt.methods.base import Method
 
 
-class TokenOptions(ProbedOptions):
+class TokenOptions(Strict):
     """Options of all methods that put tokens into the image tower."""
 
     num_tokens: PositiveInt = 10
@@ -26,26 +28,54 @@ class TokenOptions(ProbedOptions):
     gated: bool = False
 
 
-class TokenMethod(ProbedMethod):
-    """Prompts before the blocks `layers`, and a linear head on the backbone's features.
+class ImagePrompts(Method):
+    """Image half whose prompts become constants in the inference form."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Strict,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(backbone, class_names, options, tokenizer)
+        self.constant: ConstantPrompts | None = None  # in the inference form
+
+    def learned_prompts(self, count: int) -> Prompts:
+        """Prompts as they are now, for `count` images."""
+        raise NotImplementedError
+
+    def image_prompts(self, images: Tensor) -> Prompts:
+        """Prompts of all prompted blocks, alike for all images."""
+        return self.constant.prompts if self.constant else self.learned_prompts(len(images))
+
+    def make_constants(self) -> None:
+        """Keep the prompts' keys and values."""
+        super().make_constants()
+        self.constant = ConstantPrompts(self.backbone.fold(self.learned_prompts(1)))
+
+
+class Tokens(ImagePrompts):
+    """Image half with prompts before the blocks `layers`.
 
     Attributes:
         prompts: (len(layers), num_tokens, width), or (…, project) with `project`. Where the blocks
             differ in width (Swin), that of the widest; a narrower one uses the leading columns.
         projection: Linear(project → width), or None.
-        gates: of each block from the first of `layers` on, or None: see `vpt.backbones.base.Rows`.
-        head: Linear(feature_dim → C).
+        gates: of each block from the first of `layers` on, or None: see `LayerPrompts`.
 
     Raises:
         InputError: gated prompts for blocks of an unknown type.
     """
 
-    Options = TokenOptions
-
     def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], options: TokenOptions
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: TokenOptions,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(backbone, class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
         self.layers = self.prompted_layers()
         model_width = max(backbone.widths[layer] for layer in self.layers)
         width = options.project or model_width
@@ -69,51 +99,29 @@ class TokenMethod(ProbedMethod):
         """The blocks that get prompts of their own, ascending."""
         raise NotImplementedError
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) of the prompted backbone."""
-        prompts = self.batch_prompts(len(images))
-        return self.backbone(images, prompts, self.layers, self.options.position, self.gates)
-
-    def batch_prompts(self, count: int) -> Tensor:
-        """What `layer_prompts` gives, or with dropout (len(layers), count, num_tokens, width)."""
+    def learned_prompts(self, count: int) -> Prompts:
+        """Prompts as they are now; with dropout in training, a set for each of `count` images."""
         prompts = self.layer_prompts()
-        if not self.training or not self.options.dropout:
-            return prompts
-        # masks differ per sample, so the prompts become a set for each
-        return F.dropout(prompts[:, None].expand(-1, count, -1, -1), self.options.dropout)
+        if self.training and self.options.dropout:  # masks differ from image to image
+            prompts = prompts[:, None].expand(-1, count, -1, -1)
+            prompts = F.dropout(prompts, self.options.dropout)
+        return Prompts(list(prompts), self.layers, self.options.position, self.gates)
 
     def layer_prompts(self) -> Tensor:
         """Prompts (len(layers), num_tokens, width) of all prompted blocks."""
         return self.prompts if self.projection is None else self.projection(self.prompts)
 
-    def folded_prompts(self) -> list[Tensor]:
-        """What the backbone takes in place of the prompts, computed as far as no image matters."""
-        return self.backbone.fold_prompts(self.layer_prompts(), self.layers)
 
-    def fold(self) -> Method:
-        """The inference form: keys and values of the prompts computed once."""
-        return Folded(super().fold())
+class ConstantPrompts(nn.Module):
+    """Holds prompts that nothing trains, and moves them with the model."""
 
+    def __init__(self, prompts: Prompts) -> None:
+        super().__init__()
+        self.prompts = prompts
 
-class Folded(Method):
-    """A prompted model whose prompts' keys and values are constants."""
-
-    is_folded = True
-
-    def __init__(self, method: TokenMethod) -> None:
-        super().__init__(method.backbone, method.class_names, method.options)
-        self.target = method.target
-        self.layers, self.head, self.gates = method.layers, method.head, method.gates
-        with torch.no_grad():
-            prompts = method.folded_prompts()
-        for index, tensor in enumerate(prompts):
-            self.register_buffer(f"prompts{index}", tensor)
-        self.eval()
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) of the prompted backbone."""
-        prompts = [getattr(self, f"prompts{index}") for index in range(len(self.layers))]
-        return self.backbone(images, prompts, self.layers, self.options.position, self.gates)
+    def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> "ConstantPrompts":
+        self.prompts = map_tensors(self.prompts, change)
+        return super()._apply(change, recurse)
 
 
 def init_bound(backbone: Backbone, width: int) -> float:

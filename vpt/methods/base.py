@@ -1,4 +1,4 @@
-"""What every method is: a frozen backbone, a few tensors that train, logits out."""
+"""Base of all methods: a frozen backbone, a few tensors that train, logits out."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,9 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vpt.backbones.base import Backbone, share
+from vpt.backbones.base import Backbone, Prompts, share
+from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.losses import Loss
@@ -79,8 +79,13 @@ class Epoch(NamedTuple):
 class Method(nn.Module):
     """Base of all methods. A method is one file in this package, with its options beside it.
 
+    It is made of two halves, each a subclass of this: an image half (`Tokens`, `Weights`, or none)
+    overrides `image_prompts` or `pixels`, and a read-out half (`LinearReadout`, a text read-out)
+    has `logits`. Each half calls `super().__init__`, and computes its own constants for `fold`.
+
     Attributes:
-        name: the file's name.
+        name: the file's name; of a class outside this package, the class's.
+        reads_text: True where it needs class names, on a backbone with a text tower.
         options: checked options.
         class_names: in label order.
         target: the kind of its labels.
@@ -89,34 +94,65 @@ class Method(nn.Module):
         frozen_features: True where nothing that trains changes an image's features, so that
             they need be computed only once.
         cross_fitted: True where `step` needs the column `split`.
-        is_folded: True for what `fold` returns: it cannot be trained or saved.
+        takes_names: True where an artefact can be loaded with other class names: nothing that is
+            learned belongs to a class.
+        from_names: tensors of an artefact that follow from the class names alone.
+        is_folded: True for the result of `fold`: it cannot be trained or saved.
     """
 
     Options: ClassVar[type[Strict]] = Strict
     name: ClassVar[str]
+    reads_text: ClassVar[bool] = False
     solved: ClassVar[bool] = False
     frozen_features: ClassVar[bool] = False
     cross_fitted = False
+    takes_names = False
+    from_names: ClassVar[frozenset[str]] = frozenset()
     is_folded = False
     target: Target = Multiclass()
 
     def __init_subclass__(cls) -> None:
-        cls.name = cls.__module__.rpartition(".")[2]
+        package, _, module = cls.__module__.rpartition(".")
+        cls.name = module if package == __package__ else cls.__name__
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Strict) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Strict,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.class_names = list(class_names)
         self.options = options
 
+    def image_prompts(self, images: Tensor) -> Prompts | None:
+        """Prompts of the image tower for images (B, 3, H, W); None: it runs without."""
+        return None
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) as the image tower gets them."""
+        return images
+
+    def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
+        """Features (B, feature_dim) that the read-out half reads: the tower's own."""
+        return self.backbone(images, prompts)
+
     def features(self, images: Tensor) -> Tensor:
         """Image features (B, feature_dim)."""
-        return self.backbone(images)
+        return self.read(self.pixels(images), self.image_prompts(images))
+
+    def feature_maps(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """Feature maps (B, width, rows, columns) of patches after the blocks `indices`; None: all.
+
+        With prompts, which are not among them; before the final norm.
+        """
+        return self.backbone.feature_maps(self.pixels(images), self.image_prompts(images), indices)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (B, C) from image features (B, feature_dim), in the head's own precision."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.to(self.head.weight.dtype))
+        """Logits (B, C) from image features (B, feature_dim)."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W), normalised as `backbone.preprocess` says."""
@@ -182,8 +218,14 @@ class Method(nn.Module):
     def fold(self) -> "Method":
         """The inference form: a frozen view with all that no image changes computed once."""
         folded = share(self)
-        folded.is_folded = True
+        if not self.is_folded:
+            with torch.no_grad():
+                folded.make_constants()
+            folded.is_folded = True
         return folded
+
+    def make_constants(self) -> None:
+        """Compute what no image changes; called for the inference form alone."""
 
     def train(self, mode: bool = True) -> "Method":
         """Training mode for the method's own modules; the backbone always stays in eval mode."""
@@ -200,6 +242,11 @@ class Head(nn.Linear):
         nn.init.normal_(self.weight, std=math.sqrt(2 / self.out_features))
         nn.init.constant_(self.bias, -math.log(99))
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of features (B, feature_dim), in the head's own precision."""
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
+
 
 def require_clip(backbone: Backbone, method: str) -> Any:
     """The backbone, if it has a text tower.
@@ -213,8 +260,3 @@ def require_clip(backbone: Backbone, method: str) -> Any:
             "take an open_clip backbone, or vpt_deep"
         )
     return backbone
-
-
-def normalized_mean(features: Tensor) -> Tensor:
-    """Mean over templates of L2-normalised text features: (C, T, dim) → (C, dim)."""
-    return torch.mean(F.normalize(features, dim=-1), dim=1)

@@ -4,13 +4,16 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from vpt.methods import full_finetune
+from vpt.methods._linear import LinearOptions, LinearReadout
+from vpt.methods._weights import Weights
 
 
-class Prompted(full_finetune.Prompted):
+class BiasTuning(Weights, LinearReadout):
     """Trains copies of the biases; all other weights stay shared."""
 
+    Options = LinearOptions
+
     def trained(self) -> Iterable[nn.Parameter]:
-        """Whatever is called a bias, of norms too."""
+        """Every parameter called a bias, of norms too."""
         named = self.backbone.image_tower.named_parameters()
         return [parameter for name, parameter in named if name.endswith("bias")]

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpt.backbones.clip import Adapter, Tokenizer
+from vpt.backbones.clip import Adapter
+from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
-from vpt.methods._context import ContextMethod
+from vpt.errors import InputError
+from vpt.methods._text import TextReadout
 
 
 class Options(Strict):
@@ -19,7 +20,7 @@ class Options(Strict):
     init: str | None = "a photo of a"  # words to start from; None: N(0, 0.02²)
 
 
-class Prompted(ContextMethod):
+class CoCoOp(TextReadout):
     """A small network makes of an image's feature what is added to each vector of the context.
 
     So class embeddings are an image's own, (B, C, dim), and cost a text tower an image; SOS and
@@ -30,6 +31,7 @@ class Prompted(ContextMethod):
     """
 
     Options = Options
+    frozen_features = True
 
     def __init__(
         self,
@@ -41,20 +43,23 @@ class Prompted(ContextMethod):
         super().__init__(backbone, class_names, options, tokenizer)
         dim, hidden = backbone.feature_dim, max(backbone.feature_dim // 16, 1)
         self.meta_net = nn.Sequential(
-            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, backbone.text_width)
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, backbone.text.width)
         )
 
-    def text_features(self, features: Tensor) -> Tensor:
-        """Class embeddings (B, C, dim), not normalised, for image features (B, dim)."""
-        shift = self.meta_net(F.normalize(features, dim=-1))
-        prefixes = self.prefix(self.context + shift[:, None])
-        if self.shares_prefix():
-            return self.suffixes(self.backbone, prefixes)
-        names = self.backbone.embed_tokens(self.tokens)[:, prefixes.shape[1] :]
-        texts = [torch.cat([p.expand(len(names), -1, -1), names], 1) for p in prefixes]
-        ends = self.tokens.argmax(1)
-        return torch.stack([self.backbone.encode_embeddings(text, ends) for text in texts])
+    def text_features(self, features: Tensor | None = None) -> Tensor:
+        """Class embeddings (B, C, dim), not normalised, for image features (B, dim).
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Scaled cosine similarities (B, C) of each image with its own class embeddings."""
-        return self.similarities(features, self.text_features(features))
+        Raises:
+            InputError: no features.
+        """
+        if features is None:
+            raise InputError(
+                "cocoop's class embeddings need image features: text_features(features), with "
+                "features from model.features(images)"
+            )
+        shift = self.meta_net(F.normalize(features, dim=-1))
+        return self.encode(self.context + shift[:, None])
+
+    def make_constants(self) -> None:
+        """Leave the class embeddings to each image."""
+        super(TextReadout, self).make_constants()

@@ -13,7 +13,7 @@ class Options(vpt_deep.Options):
     fourier: float = Field(0.5, ge=0, le=1)  # the share that is transformed, rounded down
 
 
-class Prompted(vpt_deep.Prompted):
+class FourierPrompts(vpt_deep.VPTDeep):
     """`prompts` as VPT-deep's; the first ones of each block enter as Re(FFT2(prompts))."""
 
     Options = Options

@@ -1,28 +1,18 @@
 """Full fine-tuning: all weights of the image tower and a linear head."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
-from vpt.backbones.base import Backbone
-from vpt.methods._probed import ProbedMethod, ProbedOptions
+from vpt.methods._linear import LinearOptions, LinearReadout
+from vpt.methods._weights import Weights
 
 
-class Prompted(ProbedMethod):
-    """Trains copies of backbone weights, so that others who share it see nothing of it.
+class FullFinetune(Weights, LinearReadout):
+    """Trains copies of all weights of the image tower."""
 
-    The backbone stays in eval mode, as the frozen methods' do: no stochastic depth.
-    """
-
-    def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], options: ProbedOptions
-    ) -> None:
-        backbone.identity()  # of the pretrained weights, so before they change
-        super().__init__(backbone, class_names, options)
-        for parameter in self.trained():
-            parameter.data = parameter.data.clone()
-            parameter.requires_grad_(True)
+    Options = LinearOptions
 
     def trained(self) -> Iterable[nn.Parameter]:
-        """The backbone's weights that train."""
+        """All of the image tower."""
         return self.backbone.image_tower.parameters()

@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vpt.backbones.base import Backbone
+from vpt.backbones.base import Backbone, Prompts
+from vpt.backbones.clip import Tokenizer
 from vpt.methods import vpt_shallow
-from vpt.methods._tokens import TokenOptions
-from vpt.methods.base import Method
 
 
-class Options(TokenOptions):
+class Options(vpt_shallow.Options):
     """Options of gated prompts; `position` changes nothing."""
 
     gated: Literal[False] = False  # by gates of another kind
     gate_logit: float = -5.0  # where the gates start: blocks hardly change the prompts
 
 
-class Prompted(vpt_shallow.Prompted):
+class GatedPrompts(vpt_shallow.VPTShallow):
     """One set of prompts, each block's output of it mixed with its input: g·output + (1 - g)·input.
 
     Attributes:
@@ -32,24 +31,16 @@ class Prompted(vpt_shallow.Prompted):
 
     Options = Options
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Options) -> None:
-        super().__init__(backbone, class_names, options)
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Options,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(backbone, class_names, options, tokenizer)
         self.gates = nn.Parameter(torch.full((backbone.num_layers - 1,), options.gate_logit))
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) of the prompted backbone."""
-        backbone, last = self.backbone, self.backbone.num_layers - 1
-        x = backbone.embed(images)
-        prompts = self.batch_prompts(len(images))[0].to(x.dtype)
-        count = prompts.shape[-2]
-        x = torch.cat([x, prompts.expand(len(images), -1, -1)], 1)
-        for index, gate in enumerate(self.gates.sigmoid()):
-            x = backbone.enter(index, x, count)
-            before, x = x[:, -count:], backbone.remember(backbone.block, index, x)
-            x = torch.cat([x[:, :-count], gate * x[:, -count:] + (1 - gate) * before], 1)
-        x = backbone.block(last, backbone.enter(last, x, count))
-        return backbone.finish(x[:, :-count])
-
-    def fold(self) -> Method:
-        """A frozen view: the prompts see the image, so nothing can be computed before."""
-        return Method.fold(self)
+    def learned_prompts(self, count: int) -> Prompts:
+        """VPT-shallow's prompts, and what mixes them."""
+        return super().learned_prompts(count)._replace(gates=None, mix=self.gates.sigmoid())

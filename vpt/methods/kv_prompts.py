@@ -9,24 +9,27 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from vpt.backbones.base import Backbone
+from vpt.backbones.base import Backbone, Prompts, Rows
+from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
 from vpt.losses import Loss
-from vpt.methods._tokens import TokenMethod, TokenOptions, init_bound
+from vpt.methods import vpt_deep
+from vpt.methods._tokens import init_bound
 from vpt.methods.base import Batch, Epoch
 
 
-class Options(TokenOptions):
+class Options(vpt_deep.Options):
     """Options of key/value prompts."""
 
     project: None = None
+    layers: None = None  # all
     num_rows: PositiveInt = 5  # keys, and values, of their own in each block
     segments: PositiveInt = 8  # parts of a token's width that are pruned as one
     prune_tokens: float = Field(0.0, ge=0, lt=1)  # share of each block's tokens
     prune_segments: float = Field(0.0, ge=0, lt=1)  # share of each token's segments
 
 
-class Prompted(TokenMethod):
+class KVPrompts(vpt_deep.VPTDeep):
     """VPT-deep with `kv_prompts`, put into each block's keys and values as they are.
 
     Attributes:
@@ -36,7 +39,13 @@ class Prompted(TokenMethod):
 
     Options = Options
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Options) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Options,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         """As every method.
 
         Raises:
@@ -53,7 +62,7 @@ class Prompted(TokenMethod):
             raise InputError(
                 f"method.segments={options.segments} does not divide the width {backbone.width}"
             )
-        super().__init__(backbone, class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
         _, heads, _, head_dim = backbone.rows(0, self.prompts[0]).key.shape
         bound = init_bound(backbone, backbone.width)
         kv_prompts = torch.empty(backbone.num_layers, 2, heads, options.num_rows, head_dim)
@@ -61,31 +70,21 @@ class Prompted(TokenMethod):
         mask = torch.ones(backbone.num_layers, options.num_tokens, options.segments)
         self.register_buffer("mask", mask)
 
-    def prompted_layers(self) -> list[int]:
-        """All blocks."""
-        return list(range(self.backbone.num_layers))
-
     def layer_prompts(self) -> Tensor:
         """Prompts (num_layers, num_tokens, width), zero where pruned."""
         segments = self.prompts.unflatten(-1, (self.options.segments, -1))
         return (segments * self.mask[..., None]).flatten(-2)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) of the prompted backbone."""
-        rows = self._rows(self.batch_prompts(len(images)))
-        return self.backbone(images, rows, self.layers, self.options.position, self.gates)
+    def learned_prompts(self, count: int) -> Prompts:
+        """Keys and values of the tokens, and those of `kv_prompts` beside them."""
+        prompts = super().learned_prompts(count)
+        rows = zip(prompts.layers, prompts.sets, self.kv_prompts, strict=True)
+        return prompts._replace(sets=[self._rows(*each) for each in rows])
 
-    def folded_prompts(self) -> list[Tensor]:
-        """All keys and values."""
-        return self._rows(self.layer_prompts())
-
-    def _rows(self, prompts: Tensor) -> list[Tensor]:
-        rows = []
-        for index, tokens, own in zip(self.layers, prompts, self.kv_prompts, strict=True):
-            made = torch.stack(self.backbone.rows(index, tokens)[:2])
-            own = own[:, None].to(made.dtype).expand(-1, made.shape[1], -1, -1, -1)
-            rows.append(torch.cat([made, own], 3))
-        return rows
+    def _rows(self, index: int, tokens: Tensor, own: Tensor) -> Rows:
+        made = self.backbone.rows(index, tokens)[:2]
+        own = own[:, None].to(made[0].dtype).expand(-1, len(made[0]), -1, -1, -1)
+        return Rows(*(torch.cat(pair, 2) for pair in zip(made, own, strict=True)))
 
     def before_epoch(self, at: Epoch) -> None:
         """Prune half-way.

@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from vpt.backbones.base import Backbone
+from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.methods.base import Head, Method
@@ -20,15 +21,25 @@ FOLDS = 5
 ABSENT = -1e4  # bias of a class without images: never predicted
 
 
-class Prompted(Method):
+class LinearProbe(Method):
     """A `head` (feature_dim → C) on the backbone's features."""
 
     solved = True
     frozen_features = True
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Strict) -> None:
-        super().__init__(backbone, class_names, options)
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Strict,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(backbone, class_names, options, tokenizer)
         self.head = Head(backbone.feature_dim, len(class_names))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (B, C) from image features (B, feature_dim)."""
+        return self.head(features)
 
     def solve(self, features: Tensor, labels: Tensor) -> None:
         """Fit the head to features (N, feature_dim) and the labels of N images."""

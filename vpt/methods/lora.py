@@ -7,9 +7,9 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from vpt.backbones.base import Backbone
+from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
-from vpt.methods._probed import ProbedMethod, ProbedOptions
-from vpt.methods.base import Method
+from vpt.methods._linear import LinearOptions, LinearReadout
 
 # The first of these that the tower calls: attention, or the MLP where attention reads its weights
 # without calling them (BEiT's, EVA's). PEFT knows open_clip's attention, but merges into the frozen
@@ -17,7 +17,7 @@ from vpt.methods.base import Method
 TARGETS = (("attn.qkv",), ("mlp.fc1", "mlp.fc2"), ("mlp.c_fc", "mlp.c_proj"))
 
 
-class Options(ProbedOptions):
+class Options(LinearOptions):
     """Options of LoRA."""
 
     rank: PositiveInt = 4
@@ -25,12 +25,18 @@ class Options(ProbedOptions):
     dropout: float = Field(0.0, ge=0, lt=1)  # on the change's input
 
 
-class Prompted(ProbedMethod):
+class LoRA(LinearReadout):
     """Low-rank A and B beside each target of the image tower, and a linear head."""
 
     Options = Options
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Options) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Options,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         """As every method.
 
         Raises:
@@ -41,7 +47,7 @@ class Prompted(ProbedMethod):
         except ImportError:
             raise InputError("lora needs PEFT: pip install 'visual-prompt-tuning[peft]'") from None
         backbone.identity()  # of the pretrained weights, so before LoRA's are among them
-        super().__init__(backbone, class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
         self.backbone.exact_tokens = True  # spelled-out blocks read weights past PEFT's layers
         called = self._called()
         found = ([name for name in called if name.endswith(group)] for group in TARGETS)
@@ -73,10 +79,9 @@ class Prompted(ProbedMethod):
             hook.remove()
         return [name for name in linear.values() if name in called]
 
-    def fold(self) -> Method:
-        """The inference form: the changes merged into weights of its own."""
-        folded = super().fold()
-        for module in folded.backbone.modules():
+    def make_constants(self) -> None:
+        """Merge the changes into weights of its own."""
+        super().make_constants()
+        for module in self.backbone.modules():
             if hasattr(module, "lora_A") and not module.merged:
                 module.merge(safe_merge=True)  # into a copy: the frozen weights are shared
-        return folded

@@ -7,23 +7,30 @@ from pydantic import PositiveInt
 from torch import nn
 
 from vpt.backbones.base import Backbone
+from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
-from vpt.methods import full_finetune
-from vpt.methods._probed import ProbedOptions
+from vpt.methods._linear import LinearOptions, LinearReadout
+from vpt.methods._weights import Weights
 
 
-class Options(ProbedOptions):
+class Options(LinearOptions):
     """Options of partial-k."""
 
     k: PositiveInt = 1
 
 
-class Prompted(full_finetune.Prompted):
+class PartialK(Weights, LinearReadout):
     """Trains copies of the last k blocks and of what follows them; all before stays shared."""
 
     Options = Options
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Options) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Options,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         """As every method.
 
         Raises:
@@ -31,7 +38,7 @@ class Prompted(full_finetune.Prompted):
         """
         if options.k > backbone.num_layers:
             raise InputError(f"method.k={options.k}: the backbone has {backbone.num_layers} blocks")
-        super().__init__(backbone, class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
 
     def trained(self) -> Iterable[nn.Parameter]:
         """The weights that a backward pass from the features to the last k blocks meets."""
@@ -46,7 +53,7 @@ class Prompted(full_finetune.Prompted):
         with torch.enable_grad():  # whatever the caller does
             for index in range(first, backbone.num_layers):
                 tokens = backbone.block(index, backbone.enter(index, tokens, 0))
-            total = backbone.finish(tokens).sum()
+            total = backbone.project(backbone.pool(tokens)).sum()
         met = torch.autograd.grad(total, parameters, allow_unused=True)
         backbone.image_tower.requires_grad_(False)
         return [p for p, gradient in zip(parameters, met, strict=True) if gradient is not None]

@@ -11,6 +11,7 @@ from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
 from vpt.methods import zero_shot
+from vpt.methods._text import embed_classes
 from vpt.methods.base import Epoch, Head, Method
 from vpt.methods.linear_probe import solve_head
 
@@ -22,7 +23,7 @@ class Options(zero_shot.Options):
     size: PositiveInt | None = None  # pixels: the border's width, the patch's side; None: 30 of 224
 
 
-class Prompted(Method):
+class PixelPrompts(Method):
     """Trains pixels only. The classifier is zero-shot CLIP's, else a linear probe solved by `fit`.
 
     Attributes:
@@ -32,6 +33,8 @@ class Prompted(Method):
     """
 
     Options = Options
+    reads_text = True
+    from_names = frozenset({"class_embeddings"})
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class Prompted(Method):
         Raises:
             InputError: a border or patch that is larger than the image.
         """
-        super().__init__(backbone, class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
         side = backbone.preprocess.image_size
         size = options.size or round(side * 30 / 224)
         largest = side // 2 if options.shape == "border" else side
@@ -61,10 +64,9 @@ class Prompted(Method):
         self.prompts = nn.Parameter(torch.zeros(3, len(self.where)))
         self.register_buffer("folded", None, persistent=False)  # in the inference form
         if hasattr(backbone, "encode_texts"):
-            embeddings = zero_shot.embed_classes(
-                backbone, class_names, options.templates, tokenizer
-            )
+            embeddings = embed_classes(backbone, class_names, options.templates, tokenizer)
             self.register_buffer("class_embeddings", embeddings)
+            self.takes_names = True
             self.head = None
         else:
             self.head = Head(backbone.feature_dim, len(class_names)).requires_grad_(False)
@@ -75,9 +77,9 @@ class Prompted(Method):
             seen = at.features()
             solve_head(self.head, self.target, seen.inputs, seen.labels)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) of images with the prompt on them."""
-        return self.backbone(images + (self.image() if self.folded is None else self.folded))
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images with the prompt on them."""
+        return images + (self.image() if self.folded is None else self.folded)
 
     def image(self) -> Tensor:
         """The prompt as an image (3, H, W), 0 where it has no pixels."""
@@ -85,18 +87,17 @@ class Prompted(Method):
         blank = self.prompts.new_zeros(3, side * side)
         return blank.index_copy(1, self.where, self.prompts).unflatten(1, (side, side))
 
-    def text_features(self) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Class embeddings (C, dim) of CLIP, not normalised."""
         return self.class_embeddings
 
-    def fold(self) -> Method:
-        """The inference form: the prompt as one image."""
-        folded = super().fold()
-        folded.folded = folded.image()
-        return folded
+    def make_constants(self) -> None:
+        """Keep the prompt as one image."""
+        super().make_constants()
+        self.folded = self.image()
 
     def logits(self, features: Tensor) -> Tensor:
         """Scaled cosine similarities (B, C), or the head's."""
         if self.head is None:
             return self.similarities(features, self.class_embeddings)
-        return super().logits(features)
+        return self.head(features)

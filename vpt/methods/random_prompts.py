@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from vpt.backbones.base import Backbone
+from vpt.backbones.clip import Tokenizer
 from vpt.methods import vpt_deep
 
 
@@ -17,15 +18,22 @@ class Options(vpt_deep.Options):
     head: Literal["probe", "random"] = "probe"  # nothing else trains
 
 
-class Prompted(vpt_deep.Prompted):
+class RandomPrompts(vpt_deep.VPTDeep):
     """`prompts` as VPT-deep draws them, frozen; only the head trains."""
 
     Options = Options
     frozen_features = True
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], options: Options) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: Options,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         # dropout is noise against overfitting prompts; these do not fit anything
-        super().__init__(backbone, class_names, options.model_copy(update={"dropout": 0.0}))
+        options = options.model_copy(update={"dropout": 0.0})
+        super().__init__(backbone, class_names, options, tokenizer)
         self.prompts.requires_grad_(False)
         if self.projection is not None:
             self.projection.requires_grad_(False)

@@ -20,7 +20,7 @@ class Options(vpt_deep.Options):
     pooling: Literal["mean", "kmeans"] = "mean"  # of the training images' patch tokens
 
 
-class Prompted(vpt_deep.Prompted):
+class SelfPrompts(vpt_deep.VPTDeep):
     """VPT-deep whose prompts `fit` draws from the tokens that enter each block unprompted."""
 
     Options = Options

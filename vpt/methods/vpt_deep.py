@@ -1,15 +1,16 @@
 """VPT-deep: every block has prompts of its own (Jia et al. 2022, eq. 5-6)."""
 
-from vpt.methods._tokens import TokenMethod, TokenOptions, check_layers
+from vpt.methods._linear import LinearOptions, LinearReadout
+from vpt.methods._tokens import TokenOptions, Tokens, check_layers
 
 
-class Options(TokenOptions):
+class Options(TokenOptions, LinearOptions):
     """Options of VPT-deep."""
 
     layers: list[int] | None = None  # blocks with prompts of their own; None: all
 
 
-class Prompted(TokenMethod):
+class VPTDeep(Tokens, LinearReadout):
     """`prompts` (len(layers), num_tokens, width) and a linear head."""
 
     Options = Options

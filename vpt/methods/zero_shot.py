@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from vpt.backbones.clip import Adapter, Tokenizer
+from vpt.backbones.clip import Adapter
+from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
-from vpt.methods.base import Method, normalized_mean, require_clip
+from vpt.methods._text import ClassEmbeddings, embed_classes
 
 
 class Options(Strict):
@@ -25,12 +25,13 @@ class Options(Strict):
         return templates
 
 
-class Prompted(Method):
+class ZeroShot(ClassEmbeddings):
     """Class embeddings: the mean over templates of normalised text features. Nothing trains."""
 
     Options = Options
     solved = True
     frozen_features = True
+    from_names = frozenset({"class_embeddings"})
 
     def __init__(
         self,
@@ -39,31 +40,9 @@ class Prompted(Method):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(require_clip(backbone, "zero_shot"), class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
         embeddings = embed_classes(backbone, class_names, options.templates, tokenizer)
         self.register_buffer("class_embeddings", embeddings)
 
-    def text_features(self) -> Tensor:
-        """Class embeddings (C, dim), not normalised."""
-        return self.class_embeddings
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Scaled cosine similarities (B, C)."""
-        return self.similarities(features, self.class_embeddings)
-
     def solve(self, features: Tensor, labels: Tensor) -> None:
         """Nothing to learn: the templates are the classifier."""
-
-
-@torch.no_grad()
-def embed_classes(
-    backbone: Adapter,
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    tokenizer: Tokenizer | None = None,
-) -> Tensor:
-    """Class embeddings (C, dim): the mean over templates of normalised text features."""
-    names = [name.replace("_", " ") for name in class_names]
-    texts = [template.replace("{}", name) for name in names for template in templates]
-    features = backbone.encode_texts(texts, tokenizer).unflatten(0, (len(names), -1))
-    return normalized_mean(features)

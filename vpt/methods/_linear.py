@@ -1,4 +1,4 @@
-"""A linear head on features that also train: it starts from the linear probe."""
+"""The linear read-out: a head on features that also train starts from the linear probe."""
 
 import copy
 from collections.abc import Sequence
@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vpt.backbones.base import Backbone
+from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict
 from vpt.losses import Loss
 from vpt.methods.base import Batch, Epoch, Head, Method, Step
 from vpt.methods.linear_probe import ABSENT, FOLDS, solve_head
 
 
-class ProbedOptions(Strict):
-    """Options of all methods with such a head."""
+class LinearOptions(Strict):
+    """Options of the linear read-out."""
 
     # probe: starts from the linear probe of the features before the first step; crossfit: is the
     # linear probe, solved anew before each epoch, and each image's loss is by a probe that was
@@ -24,8 +25,8 @@ class ProbedOptions(Strict):
     head: Literal["probe", "crossfit", "random"] = "probe"
 
 
-class ProbedMethod(Method):
-    """Trains something of the image tower, and `head`: Linear(feature_dim → C).
+class LinearReadout(Method):
+    """Read-out half with a `head`: Linear(feature_dim → C).
 
     A probe fits the images that it was solved on, whatever their features, so there is little for
     features to learn from it. With `head=crossfit` they learn from the errors on held-out images
@@ -38,12 +39,16 @@ class ProbedMethod(Method):
         fold_biases: (FOLDS + 1, C).
     """
 
-    Options = ProbedOptions
+    Options = LinearOptions
 
     def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], options: ProbedOptions
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        options: LinearOptions,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__(backbone, class_names, options)
+        super().__init__(backbone, class_names, options, tokenizer)
         self.head = Head(backbone.feature_dim, len(class_names))
         self.cross_fitted = options.head == "crossfit"
         if self.cross_fitted:
@@ -51,6 +56,10 @@ class ProbedMethod(Method):
             self.register_buffer("penalties", torch.ones(len(class_names)))
             self.register_buffer("fold_weights", torch.empty(0), persistent=False)
             self.register_buffer("fold_biases", torch.empty(0), persistent=False)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (B, C) from image features (B, feature_dim)."""
+        return self.head(features)
 
     def step(self, batch: Batch, loss: Loss) -> Step:
         """Training loss: of an image with a `split`, by the head solved without it."""

@@ -1,0 +1,184 @@
+"""The read-out half of methods with a text tower: logits by class embeddings, a learned context."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vpt.backbones.clip import Adapter
+from vpt.backbones.text import NamePosition, Tokenizer
+from vpt.config import Strict
+from vpt.errors import InputError
+from vpt.methods.base import Method, require_clip
+
+
+class ClassEmbeddings(Method):
+    """Logits are scaled cosine similarities of an image's features and the class embeddings.
+
+    Attributes:
+        class_embeddings: (C, dim), or None where they change with what trains.
+    """
+
+    reads_text = True
+    takes_names = True
+    class_embeddings: Tensor | None
+
+    def __init__(
+        self,
+        backbone: Adapter,
+        class_names: Sequence[str],
+        options: Strict,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(require_clip(backbone, self.name), class_names, options, tokenizer)
+
+    def text_features(self, features: Tensor | None = None) -> Tensor:
+        """Class embeddings (C, dim), differentiable, not normalised.
+
+        Args:
+            features: (B, feature_dim), for a method that gives each image its own: (B, C, dim).
+        """
+        return self.class_embeddings
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scaled cosine similarities (B, C)."""
+        return self.similarities(features, self.text_features(features))
+
+
+class TextReadout(ClassEmbeddings):
+    """The text of a class is `context name.`; the text tower stays frozen.
+
+    Attributes:
+        context: (num_tokens, text_width), from the option `init` or N(0, 0.02²); None where the
+            text is fixed (`text_depth` is 0).
+        text_prompts: (text_depth - 1, num_tokens, text_width), which overwrite the context at the
+            input of the text tower's blocks from the second on, from N(0, 0.02²); None: nothing
+            does.
+        tokens: (C, T) ids of the text with placeholders; the class name always stands at the end
+            in it, also for other positions.
+        suffixes: the texts' tokens after what all of them begin with; None where the text tower
+            can't share a beginning.
+
+    Raises:
+        InputError: the text tower takes no learned context; `init` has too few words.
+    """
+
+    freezes_words: ClassVar[bool] = False  # words of `init` after `num_tokens`; False: all train
+
+    def __init__(
+        self,
+        backbone: Adapter,
+        class_names: Sequence[str],
+        options: Strict,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(backbone, class_names, options, tokenizer)
+        init = options.init.replace("_", " ") if options.init else None
+        words = init or " ".join(["X"] * options.num_tokens)
+        names = [name.replace("_", " ") for name in class_names]
+        texts = [f"{words} {name}." for name in names]
+        depth, embeddings = self.text_depth(), None
+        self.context = self.text_prompts = self.suffixes = None
+        if depth:
+            ids = backbone.text.words(words, tokenizer)
+            self.context = nn.Parameter(self._start(ids if init else None))
+            shape = min(depth, backbone.text.num_layers) - 1, *self.context.shape
+            self.text_prompts = nn.Parameter(0.02 * torch.randn(shape)) if shape[0] else None
+            self._lay_out(texts, names, len(ids), tokenizer)
+        elif not init:
+            raise InputError("method.text_depth=0 fixes the text: give its words as method.init")
+        else:
+            with torch.no_grad():
+                embeddings = backbone.encode_texts(texts, tokenizer)
+        self.register_buffer("class_embeddings", embeddings, persistent=False)
+
+    def _start(self, ids: Tensor | None) -> Tensor:
+        """The context before training: embeddings of the words `ids`, or random."""
+        tower, count = self.backbone.text, self.options.num_tokens
+        if ids is None:
+            return 0.02 * torch.randn(count, tower.width)
+        if self.freezes_words and len(ids) < count:
+            raise InputError(
+                f"method.init={self.options.init!r} has {len(ids)} tokens, but num_tokens={count}: "
+                "give more words, or init=null"
+            )
+        with torch.no_grad():
+            return tower.embed(ids[:count] if self.freezes_words else ids).clone()
+
+    def _lay_out(
+        self, texts: Sequence[str], names: Sequence[str], words: int, tokenizer: Tokenizer | None
+    ) -> None:
+        """Tokenise texts that begin with the same `words`, and see where their context stands."""
+        tower, count = self.backbone.text, len(self.context)
+        tokens = tower.tokenize(texts, tokenizer)
+        lengths = [len(tower.words(name, tokenizer)) for name in names]
+        order = tower.order(count, lengths, tokens.shape[1], self.name_position())
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", tower.places(order, count), persistent=False)
+        if tower.is_causal and tower.knows_rows:
+            self.suffixes = tower.pack(tokens, words)
+
+    def text_depth(self) -> int:
+        """How many blocks of the text tower get a context of their own; 0: the text is fixed."""
+        return 1
+
+    def name_position(self) -> NamePosition:
+        """Position of the class name among the context's vectors."""
+        return "end"
+
+    def text_features(self, features: Tensor | None = None) -> Tensor:
+        """Class embeddings (C, dim), differentiable, not normalised."""
+        if self.class_embeddings is not None:
+            return self.class_embeddings
+        if self.shares_prefix():
+            return self.encode(self.context[None])[0]
+        return self._run(self.context)
+
+    def encode(self, contexts: Tensor) -> Tensor:
+        """Class embeddings (B, C, dim) with each of the contexts (B, num_tokens, text_width)."""
+        if not self.shares_prefix():
+            return torch.stack([self._run(context) for context in contexts])
+        tower = self.backbone.text
+        words = tower.embed(self.tokens[:1, : self.suffixes.prefix_length])
+        return tower.run_shared(tower.put(words, contexts), self.suffixes, self.text_prompts)
+
+    def _run(self, context: Tensor) -> Tensor:
+        embeddings = self.prompt_embeddings(context)
+        return self.backbone.text.run(embeddings, self.tokens, self.text_prompts, self.places)
+
+    def prompt_embeddings(self, context: Tensor) -> Tensor:
+        """Text embeddings (C, T, text_width) with a context in place, before the positions.
+
+        Args:
+            context: (num_tokens, text_width), or (C, num_tokens, text_width), one for each class.
+        """
+        tower = self.backbone.text
+        x = tower.put(tower.embed(self.tokens), context)
+        return x.gather(1, self.order[..., None].expand_as(x))
+
+    def shares_prefix(self) -> bool:
+        """True if what all texts begin with runs once: the same context comes first in each."""
+        first = self.context.dim() == 2 and self.name_position() == "end"
+        return first and self.suffixes is not None and not self.backbone.exact_tokens
+
+    def make_constants(self) -> None:
+        """Keep the class embeddings: no text tower at test time."""
+        super().make_constants()
+        self.class_embeddings = self.text_features()
+
+
+@torch.no_grad()
+def embed_classes(
+    backbone: Adapter,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+) -> Tensor:
+    """Class embeddings (C, dim): the mean over templates of normalised text features."""
+    names = [name.replace("_", " ") for name in class_names]
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    features = backbone.encode_texts(texts, tokenizer).unflatten(0, (len(names), -1))
+    return F.normalize(features, dim=-1).mean(1)
