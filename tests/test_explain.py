@@ -5,28 +5,25 @@ import json
 import families
 import open_clip
 import pytest
+import tiny
 import torch
-from tiny import NAMES, clip, images, vit, vpt_cli, write_folder, write_image
+from tiny import clip, images, needs_clip, vit, vpt_cli, write_folder, write_image
 
-import vpt
 from vpt import explain, methods
 from vpt.backbones import load_tiny_clip
 from vpt.engine.run import NOTICE
 from vpt.targets.multiclass import Multiclass
 
-CLIP_ONLY = {name for name in methods.names() if methods.find(name).reads_text}
-
 
 def attach(backbone, method="vpt_deep", **options):
-    torch.manual_seed(0)
-    return vpt.attach(backbone, method, class_names=NAMES, **options).eval()
+    return tiny.attach(backbone, method, **options).eval()
 
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("method", methods.names())
 def test_contributions_sum_to_the_logit(method, folded, monkeypatch):
     monkeypatch.setattr(explain, "STEPS", 200)
-    model = attach(clip() if method in CLIP_ONLY else vit(), method).double()
+    model = attach(clip() if needs_clip(method) else vit(), method).double()
     model = model.fold() if folded else model
     image = images(1)[0].double()
     heat = explain.saliency(model, image, 1)

@@ -9,8 +9,9 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import pytest
+import tiny
 import torch
-from tiny import NAMES, clip, images, vit, vpt_cli
+from tiny import NAMES, clip, images, needs_clip, vit, vpt_cli
 
 import vpt
 from vpt import artifact, backbones, methods
@@ -23,16 +24,13 @@ BACKBONES = {
     "vit": lambda: vit(reg_tokens=2, no_embed_class=True, qk_norm=True, init_values=0.5),
     "clip": clip,
 }
-CLIP_ONLY = {name for name in methods.names() if methods.find(name).reads_text}
-PAIRS = [(name, "clip" if name in CLIP_ONLY else "vit") for name in methods.names()]
+PAIRS = [(m, "clip" if needs_clip(m) else "vit") for m in methods.names()]
 PAIRS += [("vpt_deep", "clip"), ("linear_probe", "clip")]
 CONSTANT = {"coop", "random_prompts", "vpt_deep", "vpt_shallow", "zero_shot"}
 
 
 def attach(method, kind="vit", **options):
-    backbone = BACKBONES[kind]()
-    torch.manual_seed(0)
-    return vpt.attach(backbone, method, class_names=NAMES, **options)
+    return tiny.attach(BACKBONES[kind](), method, **options)
 
 
 def export(model, path):

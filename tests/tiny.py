@@ -1,7 +1,8 @@
-"""Tiny models, images and the command line in this process, for all tests."""
+"""Tiny models, images, loaders and the command line in this process, for all tests."""
 
 import sys
 import zlib
+from functools import cache
 
 import numpy as np
 import open_clip
@@ -9,7 +10,10 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from vpt import cli
+import vpt
+from vpt import cli, methods
+from vpt.data.images import Samples
+from vpt.data.loaders import make_loader
 
 NAMES = ["tabby cat", "dog", "red_panda"]
 
@@ -54,6 +58,53 @@ def fixed(model):
 
 def images(count=3, seed=1, size=32):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def attach(backbone, method="vpt_deep", **options):
+    """Always the same draws; classes are NAMES unless `options` say others."""
+    torch.manual_seed(0)
+    if "num_classes" not in options:
+        options.setdefault("class_names", NAMES)
+    return vpt.attach(backbone, method, **options)
+
+
+@cache
+def needs_clip(method):
+    try:
+        attach(vit(), method)
+    except vpt.InputError as error:
+        assert "needs a CLIP" in str(error), error
+        return True
+    return False
+
+
+def pairs(*kinds):
+    """(method, kind) of every method with each of `kinds` that it takes; `clip` is a CLIP."""
+    return [(m, kind) for m in methods.names() for kind in kinds if takes(m, kind)]
+
+
+def takes(method, kind):
+    return kind == "clip" or not needs_clip(method)
+
+
+def solved(method):
+    """A method that no gradient step trains."""
+    return methods.find(method).solved
+
+
+def samples(labels, patients=None, *, pixels=None, part=None, seed=0):
+    """Noise, or `pixels`, with these labels (N,) or (N, C), named by number and `part`."""
+    labels = np.asarray(labels, dtype=np.float32 if np.ndim(labels) == 2 else np.int64)
+    if pixels is None:
+        noise = np.random.default_rng(seed)
+        pixels = noise.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+    names = [f"{part}/{index}" if part else str(index) for index in range(len(labels))]
+    return Samples(pixels, labels, names, patients)
+
+
+def loader(model, data, batch_size=8, train=True, **options):
+    """Batches of `data` for `model`, shuffled unless `train` is False."""
+    return make_loader(data, model.backbone.preprocess, batch_size, train=train, **options)
 
 
 def write_image(path, label=0, seed=0, size=(40, 36), mode="RGB"):

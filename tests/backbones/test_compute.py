@@ -1,13 +1,13 @@
 """The ways to compute that change no number: compiled, checkpointed, on fused kernels, unsynced."""
 
 import pytest
+import tiny
 import torch
-from tiny import NAMES, clip, images, vit
+from tiny import clip, images, vit
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import vpt
 from vpt.config import EngineConfig, TrainConfig
 from vpt.engine.train import fit
 
@@ -24,8 +24,7 @@ METHODS = [
 
 
 def attach(make, method, options):
-    torch.manual_seed(0)
-    return vpt.attach(make(), method, class_names=NAMES, **options).train()
+    return tiny.attach(make(), method, **options).train()
 
 
 def gradients(model, step):

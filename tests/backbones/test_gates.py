@@ -21,10 +21,7 @@ def images(count=2):
 
 
 def attach(name, method="vpt_deep", **options):
-    model = vpt.attach(
-        build(name).double(), method, num_classes=3, num_tokens=4, gated=True, **options
-    )
-    return model.double()
+    return tiny.attach(build(name).double(), method, num_tokens=4, gated=True, **options).double()
 
 
 def open_gates(model):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import samples
 
 from vpt.config import DataConfig
 from vpt.data.fewshot import split_shots
@@ -43,18 +44,12 @@ def test_every_class_gives_its_shots(labels, shots, seed):
     assert chosen == Multiclass().draw(np.array(labels, dtype=int), shots, random.Random(seed))
 
 
-def samples(part, labels, patients=None):
-    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1)
-    names = [f"{part}/{i}" for i in range(len(labels))]
-    return Samples(images, np.array(labels, dtype=np.int64), names, patients)
-
-
 def source(**parts):
     return Source("x", DIGITS.card, ["cat", "dog"], ["{}"], "none", parts)
 
 
 def test_given_parts():
-    parts = {part: samples(part, [0, 1] * 20) for part in ("train", "val", "test")}
+    parts = {part: samples([0, 1] * 20, part=part) for part in ("train", "val", "test")}
     split = split_shots(source(**parts), 8, seed=1)
     assert [len(split.train), len(split.val), len(split.test)] == [16, 8, 40]
     assert all(name.startswith("val/") for name in split.val.names)
@@ -62,7 +57,7 @@ def test_given_parts():
     assert len(split_shots(source(**parts), 2, seed=1).val) == 4  # no more than to train on
     whole = split_shots(source(**parts), None, seed=1)
     assert [len(whole.train), len(whole.val), len(whole.test)] == [40, 40, 40]
-    parts["val"] = samples("val", [])
+    parts["val"] = samples([], part="val")
     assert split_shots(source(**parts), 8, seed=1).val is None
     del parts["val"]
     without = split_shots(source(**parts), 8, seed=1)
@@ -70,7 +65,7 @@ def test_given_parts():
 
 
 def test_validation_images_train_or_test():
-    parts = {part: samples(part, [0, 1] * 20) for part in ("train", "val", "test")}
+    parts = {part: samples([0, 1] * 20, part=part) for part in ("train", "val", "test")}
     plain = split_shots(source(**parts), 8, seed=1)
     both = split_shots(source(**parts), 8, seed=1, parts="trainval-test")
     assert both.train.names == plain.train.names + plain.val.names
@@ -100,7 +95,7 @@ def test_one_part_gives_the_rest_to_the_test():
 def test_patients_are_kept_apart():
     labels = [0, 1] * 60
     patients = [f"p{i // 4}" for i in range(120)]  # 30 patients of 4 images
-    one = source(all=samples("all", labels, patients))
+    one = source(all=samples(labels, patients, part="all"))
     split = split_shots(one, 8, seed=1)
     assert np.bincount(split.train.labels).tolist() == [8, 8]
     assert not set(split.train.patients) & set(split.test.patients)
@@ -135,10 +130,10 @@ def test_positives_that_come_along_count_as_shots():
 @pytest.mark.parametrize("other", ["test", "val"])
 def test_patients_in_two_parts_are_listed(other):
     parts = {
-        "train": samples("train", [0, 1] * 4, [f"p{i}" for i in range(8)]),
-        "test": samples("test", [0, 1] * 4, [f"q{i}" for i in range(8)]),
+        "train": samples([0, 1] * 4, [f"p{i}" for i in range(8)], part="train"),
+        "test": samples([0, 1] * 4, [f"q{i}" for i in range(8)], part="test"),
     }
-    parts[other] = samples(other, [0, 1] * 4, [f"p{i}" for i in range(1, 9)])
+    parts[other] = samples([0, 1] * 4, [f"p{i}" for i in range(1, 9)], part=other)
     listed = ", ".join(f"p{i}" for i in range(1, 8))
     with pytest.raises(
         InputError, match=f"7 patients are in both train and {other}: {listed}: move"
@@ -156,7 +151,7 @@ def parts_of(split):
 def test_no_image_or_patient_is_in_two_parts(given, known, per):
     def part(name):
         patients = [f"{name}{i // 5}" for i in range(200)] if known else None
-        return samples(name, [int(i % 7 == 0) for i in range(200)], patients)
+        return samples([int(i % 7 == 0) for i in range(200)], patients, part=name)
 
     data = source(**{name: part(name) for name in (["train", "val", "test"] if given else ["all"])})
     if per == "patient" and not known:
@@ -177,8 +172,8 @@ def test_no_image_or_patient_is_in_two_parts(given, known, per):
 
 
 def test_calibration_keeps_the_classes_frequency():
-    pool = samples("train", [int(i % 10 == 0) for i in range(2000)])
-    data = source(train=pool, test=samples("test", [0, 1]))
+    pool = samples([int(i % 10 == 0) for i in range(2000)], part="train")
+    data = source(train=pool, test=samples([0, 1], part="test"))
     split = split_shots(data, 16, seed=1, calibration=500)
     assert len(split.calibration) == 500 and 0.06 < split.calibration.labels.mean() < 0.14
     whole = split_shots(data, None, seed=1, calibration=500)
@@ -188,7 +183,7 @@ def test_calibration_keeps_the_classes_frequency():
 
 @pytest.mark.parametrize(("amount", "number"), [(40, 40), (41, 41), (0.001, 0), (0.999, 40)])
 def test_calibration_leaves_some_on_either_side(amount, number):
-    data = source(train=samples("train", [0, 1] * 20), test=samples("test", [0, 1]))
+    data = source(train=samples([0, 1] * 20, part="train"), test=samples([0, 1], part="test"))
     with pytest.raises(
         InputError, match=rf"data\.calibration={amount}: {number} of 40 images to train on: it must"
     ):
@@ -200,8 +195,8 @@ def test_a_shot_may_be_a_patient():
     kinds = [[0, 0, 0], [1, 1], [0, 1]] * 10
     labels = [label for kind in kinds for label in kind]
     patients = [f"p{i}" for i, kind in enumerate(kinds) for _ in kind]
-    test = samples("test", [0, 1], ["q", "r"])
-    data = source(train=samples("train", labels, patients), test=test)
+    test = samples([0, 1], ["q", "r"], part="test")
+    data = source(train=samples(labels, patients, part="train"), test=test)
     split = split_shots(data, 4, seed=1, per="patient")
     drawn = list(zip(split.train.labels.tolist(), split.train.patients, strict=True))
     assert Counter(label for label, _ in set(drawn)) == {0: 4, 1: 4}
@@ -229,7 +224,7 @@ def test_a_shot_may_be_a_patient():
 )
 def test_what_cannot_be_split(parts, shots, match):
     with pytest.raises(InputError, match=match):
-        split_shots(source(**{k: samples(k, v) for k, v in parts.items()}), shots, seed=1)
+        split_shots(source(**{k: samples(v, part=k) for k, v in parts.items()}), shots, seed=1)
 
 
 def test_hash_tells_data_apart_but_not_places(tmp_path):
@@ -256,7 +251,7 @@ def test_hash_tells_data_apart_but_not_places(tmp_path):
 
 def test_natural_sampling_keeps_the_classes_shares():
     rare = [1 if i % 10 == 0 else 0 for i in range(400)]
-    parts = {part: samples(part, rare) for part in ("train", "val", "test")}
+    parts = {part: samples(rare, part=part) for part in ("train", "val", "test")}
     split = split_shots(source(**parts), 50, seed=1, sampling="natural")
     assert [len(split.train), len(split.val), len(split.test)] == [100, 8, 400]
     assert 3 <= split.train.labels.sum() <= 20
@@ -264,9 +259,9 @@ def test_natural_sampling_keeps_the_classes_shares():
     balanced = split_shots(source(**parts), 20, seed=1)
     assert np.bincount(balanced.train.labels).tolist() == [20, 20]
     assert split.hash == split_shots(source(**parts), 50, seed=1, sampling="natural").hash
-    one = split_shots(source(all=samples("all", rare)), 50, seed=1, sampling="natural")
+    one = split_shots(source(all=samples(rare, part="all")), 50, seed=1, sampling="natural")
     assert [len(one.train), len(one.test)] == [100, 300]
     with pytest.raises(InputError, match="all 2 images drawn to train on are of one class"):
         split_shots(source(**parts), 1, seed=1, sampling="natural")
     with pytest.raises(InputError, match="the test part is empty"):
-        split_shots(source(all=samples("all", rare)), 200, seed=1, sampling="natural")
+        split_shots(source(all=samples(rare, part="all")), 200, seed=1, sampling="natural")

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import loader, samples
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 import vpt
 from vpt.config import EngineConfig
-from vpt.data.images import Samples
-from vpt.data.loaders import make_loader
 from vpt.engine import crossval, train
 from vpt.engine.crossval import training_helps
 from vpt.engine.evaluate import predict
@@ -20,17 +19,6 @@ from vpt.engine.training_set import TrainingSet
 from vpt.errors import InputError
 from vpt.losses.class_balanced import ClassBalanced
 from vpt.targets.multiclass import Multiclass
-
-
-def samples(labels, patients=None):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
-    names = [str(index) for index in range(len(labels))]
-    return Samples(images, np.asarray(labels), names, patients)
-
-
-def loader(model, data):
-    return make_loader(data, model.backbone.preprocess, 8, train=True)
 
 
 def judge(model, data, learn, start=lambda images: None, balanced=False):

@@ -3,40 +3,32 @@
 import numpy as np
 import pytest
 import torch
-from tiny import clip, images, vit, write_image
+from tiny import NAMES, attach, clip, images, loader, samples, vit, write_image
 
 import vpt
 from vpt.config import EngineConfig, TrainConfig, load_run
 from vpt.data.images import Samples
-from vpt.data.loaders import make_loader
 from vpt.engine.run import run
 
-NAMES = ["cat", "dog", "bird"]
 CONFIG = TrainConfig(epochs=4, lr=1e-2, warmup_epochs=1)
 
 
-def samples(count=10, seed=0):
-    arrays = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return Samples(arrays, np.arange(count) % len(NAMES), [str(i) for i in range(count)])
+LABELS = np.arange(10) % len(NAMES)
+SAMPLES = samples(LABELS)
 
 
 def fit(method="coop", options=None, augment="none", frozen=True, data=None, seed=1, **settings):
     """Losses, what was trained, how often the image tower ran, and what the run said."""
-    torch.manual_seed(0)
     options = {"num_tokens": 3} if options is None else options
-    model = vpt.attach(
-        settings.pop("backbone", None) or clip(), method, class_names=NAMES, **options
-    )
+    model = attach(settings.pop("backbone", None) or clip(), method, **options)
     if not frozen:
         model.frozen_features = False
     passes, lines = [], []
     model.backbone.register_forward_hook(lambda *_: passes.append(1))
-    loader = make_loader(
-        data or samples(), model.backbone.preprocess, 4, train=True, augment=augment, seed=seed
-    )
+    batches = loader(model, data or SAMPLES, 4, augment=augment, seed=seed)
     engine = EngineConfig(feature_cache=settings.pop("folder", None))
     config = CONFIG.model_copy(update=settings)
-    history = vpt.fit(model, loader, config=config, engine=engine, log=lines.append)
+    history = vpt.fit(model, batches, config=config, engine=engine, log=lines.append)
     losses = [record.get("loss", 0) for record in history]
     return losses, model.artifact_tensors(), len(passes), "\n".join(lines)
 
@@ -87,7 +79,7 @@ def test_methods_that_see_the_same_features_share_them(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"data": samples(seed=1)},
+        {"data": samples(LABELS, seed=1)},
         {"backbone": clip(seed=1)},
         {"method": "random_prompts"},
         {"augment": "crop"},
@@ -155,8 +147,7 @@ def test_a_run_keeps_its_features_where_it_is_told(tmp_path):
 
 def test_what_trains_the_image_tower_is_left_alone(tmp_path):
     model = vpt.attach(vit(), "vpt_deep", num_classes=3)
-    loader = make_loader(samples(), model.backbone.preprocess, 4, train=True)
     engine = EngineConfig(feature_cache=tmp_path)
-    vpt.fit(model, loader, config=CONFIG, engine=engine)
+    vpt.fit(model, loader(model, SAMPLES, 4), config=CONFIG, engine=engine)
     assert not list(tmp_path.iterdir())
     assert model(images()).isfinite().all()

@@ -13,15 +13,13 @@ from sklearn.metrics import (
     f1_score,
     roc_auc_score,
 )
-from tiny import clip, images, vit, vpt_cli, write_image
+from tiny import attach, clip, images, loader, samples, vit, vpt_cli, write_image
 from torch.nn import functional as F
 
 import vpt
 from vpt import methods
 from vpt.config import DataConfig, load_run
 from vpt.data.fewshot import split_shots
-from vpt.data.images import Samples
-from vpt.data.loaders import make_loader
 from vpt.data.sources import open_source
 from vpt.engine.run import run
 from vpt.errors import InputError
@@ -38,18 +36,13 @@ def findings(count, seed=0, noise=60):
     return pixels.astype(np.uint8), labels
 
 
-def samples(count=24):
-    pixels, labels = findings(count)
-    return Samples(pixels, labels.astype(np.float32), [str(i) for i in range(count)])
-
-
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_trains_saves_and_folds(tmp_path, method):
     backbone = clip()
-    torch.manual_seed(0)
-    model = vpt.attach(backbone, method, class_names=NAMES, multilabel=True)
-    loader = make_loader(samples(), model.backbone.preprocess, 8, train=True, seed=1)
-    history = vpt.fit(model, loader, config={"epochs": 2})
+    model = attach(backbone, method, class_names=NAMES, multilabel=True)
+    pixels, labels = findings(24)
+    batches = loader(model, samples(labels, pixels=pixels), seed=1)
+    history = vpt.fit(model, batches, config={"epochs": 2})
     assert all(0 <= record["accuracy"] <= 1 for record in history)
     assert model.class_names == NAMES
     batch = images(4)

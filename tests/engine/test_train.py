@@ -9,8 +9,9 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from tiny import clip, images, vit, write_folder
+from tiny import NAMES, attach, clip, images, samples, vit, write_folder
 from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
@@ -18,31 +19,15 @@ from vpt.artifact import read
 from vpt.backbones import base
 from vpt.backbones.clip import Adapter
 from vpt.config import TrainConfig, load_run
-from vpt.data.images import Samples
-from vpt.data.loaders import make_loader
 from vpt.engine.run import run
 from vpt.engine.train import make_optimizer
 from vpt.errors import InputError
 
-NAMES = ["cat", "dog", "bird"]
+SAMPLES = samples(np.arange(10) % 3)
 
 
-def attach(method, backbone=None, **options):
-    torch.manual_seed(0)
-    return vpt.attach(backbone or vit(), method, class_names=NAMES, **options)
-
-
-def samples(count=10):
-    rng = np.random.default_rng(0)
-    arrays = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(count) % len(NAMES)
-    return Samples(arrays, labels, [str(i) for i in range(count)])
-
-
-def loader(model, augment="none", batch_size=4):
-    return make_loader(
-        samples(), model.backbone.preprocess, batch_size, train=True, augment=augment, seed=1
-    )
+def loader(model, augment="none"):
+    return tiny.loader(model, SAMPLES, 4, augment=augment, seed=1)
 
 
 def tensors(model):
@@ -73,20 +58,20 @@ CONFIG = TrainConfig(epochs=4, lr=1e-2, warmup_epochs=1)
 def test_two_fits_give_the_same_numbers(method, options, augment):
     fits = []
     for noise in range(2):
-        model = attach(method, **options)
+        model = attach(vit(), method, **options)
         data = loader(model, augment)
         torch.manual_seed(100 + noise)  # what was drawn before does not matter
         fits.append((losses(vpt.fit(model, data, config=CONFIG)), tensors(model)))
     assert fits[0][0] == fits[1][0]
     assert_same(fits[0][1], fits[1][1])
-    other = attach(method, **options)
+    other = attach(vit(), method, **options)
     history = vpt.fit(other, loader(other, augment), config=CONFIG.model_copy(update={"seed": 2}))
     changes = bool(options.get("dropout"))  # the seed of `fit` draws the dropout masks only
     assert (losses(history) != fits[0][0]) == changes
 
 
 def test_each_epoch_draws_dropout_masks_of_its_own():
-    model = attach("vpt_deep", head="random", dropout=0.5)
+    model = attach(vit(), "vpt_deep", head="random", dropout=0.5)
     data = DataLoader(TensorDataset(images(8), torch.arange(8) % 3), 4)  # always in this order
     config = {"epochs": 3, "lr": 1e-12, "schedule": "constant"}
     one, two, three = losses(vpt.fit(model, data, config=config))
@@ -94,7 +79,7 @@ def test_each_epoch_draws_dropout_masks_of_its_own():
 
 
 def test_one_record_an_epoch():
-    model = attach("vpt_deep", head="random")
+    model = attach(vit(), "vpt_deep", head="random")
     calls = []
     history = vpt.fit(
         model,
@@ -112,14 +97,14 @@ def test_one_record_an_epoch():
     assert not model.training
     model.eval()
     # lr is 0 in the first epoch, so its loss is that of the prompts as drawn
-    first = attach("vpt_deep", head="random").eval()
-    batch = next(iter(make_loader(samples(), first.backbone.preprocess, 10)))
+    first = attach(vit(), "vpt_deep", head="random").eval()
+    batch = next(iter(tiny.loader(first, SAMPLES, 10, train=False)))
     loss = first.loss(*batch)[0].item()
     assert history[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_any_loader_of_images_and_labels_will_do():
-    model = attach("vpt_deep")
+    model = attach(vit(), "vpt_deep")
     labels = torch.tensor([0, 1, 2, 0, 1])
     data = DataLoader(TensorDataset(images(5), labels), batch_size=2, shuffle=True)
     history = vpt.fit(model, data, config=TrainConfig(epochs=30, lr=1e-2, warmup_epochs=0))
@@ -146,18 +131,18 @@ class Stop(Exception):
 def test_a_stopped_fit_continues_as_if_it_had_not_been(tmp_path, optimizer, method, options):
     config = CONFIG.model_copy(update={"optimizer": optimizer})
     backbone = clip() if method == "coop" else vit()
-    whole = attach(method, backbone, **options)
+    whole = attach(backbone, method, **options)
     expected = vpt.fit(whole, loader(whole), config=config, checkpoint=tmp_path / "whole.pt")
 
     def stop(history):
         if len(history) == 3:  # before the checkpoint of this epoch is written
             raise Stop
 
-    stopped = attach(method, backbone, **options)
+    stopped = attach(backbone, method, **options)
     checkpoint = tmp_path / "checkpoint.pt"
     with pytest.raises(Stop):
         vpt.fit(stopped, loader(stopped), config=config, checkpoint=checkpoint, on_epoch=stop)
-    again = attach(method, backbone, **options)
+    again = attach(backbone, method, **options)
     history = vpt.fit(again, loader(again), config=config, checkpoint=checkpoint)
     assert losses(history) == losses(expected)
     assert_same(tensors(again), tensors(whole))
@@ -167,7 +152,7 @@ def test_a_stopped_fit_continues_as_if_it_had_not_been(tmp_path, optimizer, meth
 def test_a_checkpoint_that_is_none_is_one_line(tmp_path, content):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content)
-    model = attach("vpt_deep")
+    model = attach(vit(), "vpt_deep")
     with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be continued from") as caught:
         vpt.fit(model, loader(model), config=CONFIG, checkpoint=path)
     assert "\n" not in str(caught.value)
@@ -175,7 +160,7 @@ def test_a_checkpoint_that_is_none_is_one_line(tmp_path, content):
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    one, other = attach("vpt_shallow"), attach("vpt_deep")
+    one, other = attach(vit(), "vpt_shallow"), attach(vit(), "vpt_deep")
     vpt.fit(one, loader(one), config=CONFIG, checkpoint=path)
     with pytest.raises(InputError, match="cannot be continued from"):
         vpt.fit(other, loader(other), config=CONFIG, checkpoint=path)
@@ -256,7 +241,7 @@ def test_a_run_computes_as_its_engine_is_told(
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_nan_stops_and_the_last_good_epoch_is_kept(tmp_path, optimizer):
-    model = attach("vpt_deep")
+    model = attach(vit(), "vpt_deep")
     kept = []
     config = CONFIG.model_copy(update={"lr": 1e30, "optimizer": optimizer})
     with pytest.raises(InputError, match=r"the loss is .* in epoch 1: lower train\.lr=1e\+30") as e:
@@ -267,7 +252,7 @@ def test_nan_stops_and_the_last_good_epoch_is_kept(tmp_path, optimizer):
 
 
 def test_a_solved_method_needs_one_pass():
-    model = attach("linear_probe")
+    model = attach(vit(), "linear_probe")
     history = vpt.fit(model, loader(model), config=CONFIG)
     assert len(history) == 1
     assert history[0]["accuracy"] == vpt.evaluate(model, loader(model))["accuracy"]
@@ -279,7 +264,7 @@ def test_a_solved_method_needs_one_pass():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_only_the_heads_bias_is_free_of_weight_decay(optimizer):
-    model = attach("vpt_deep", project=5)
+    model = attach(vit(), "vpt_deep", project=5)
     config = TrainConfig(optimizer=optimizer, weight_decay=0.25, lr=0.5, momentum=0.75)
     made = make_optimizer(model, config)
     decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
@@ -293,9 +278,9 @@ def test_only_the_heads_bias_is_free_of_weight_decay(optimizer):
 
 
 def test_bf16_trains_float32_prompts():
-    model = attach("vpt_deep")
+    model = attach(vit(), "vpt_deep")
     history = vpt.fit(model, loader(model), config=CONFIG.model_copy(update={"precision": "bf16"}))
-    plain = attach("vpt_deep")
+    plain = attach(vit(), "vpt_deep")
     expected = vpt.fit(plain, loader(plain), config=CONFIG.model_copy(update={"precision": "fp32"}))
     assert losses(history) == pytest.approx(losses(expected), rel=0.05)
     assert losses(history) != losses(expected)

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import loader, samples
 from torch import nn
 from torch.nn import functional as F
 
 import vpt
-from vpt.data.images import Samples
-from vpt.data.loaders import make_loader
 from vpt.engine.accelerator import make_accelerator
 from vpt.engine.features import image_features
 from vpt.engine.training_set import Batches
@@ -29,16 +28,6 @@ def model(**options):
 
 def features():
     return torch.randn(30, 32, generator=torch.Generator().manual_seed(0))
-
-
-def samples(labels, patients=None):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
-    return Samples(images, np.asarray(labels), [str(i) for i in range(len(labels))], patients)
-
-
-def loader(method, data, **options):
-    return make_loader(data, method.backbone.preprocess, 8, train=True, **options)
 
 
 def solved(method, rest):
@@ -121,7 +110,7 @@ def test_every_image_comes_with_its_own_fold():
 
 
 def _in_order(method, data):
-    return make_loader(data, method.backbone.preprocess, 8)
+    return loader(method, data, train=False)
 
 
 def test_heads_are_solved_anew_before_each_epoch_and_no_step_moves_them():

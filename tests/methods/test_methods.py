@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny import NAMES, clip, images, vit
+from tiny import NAMES, attach, clip, images, pairs, solved, vit
 
 import vpt
 from vpt import methods
@@ -25,21 +25,10 @@ BACKBONES = {
     "vit_avg": lambda: vit(global_pool="avg", class_token=False, fc_norm=True),
     "clip": clip,
 }
-CLIP_ONLY = {name for name in methods.names() if methods.find(name).reads_text}
-PAIRS = [
-    (method, kind)
-    for method in methods.names()
-    for kind in BACKBONES
-    if kind == "clip" or method not in CLIP_ONLY
-]
+PAIRS = pairs(*BACKBONES)
 LABELS = torch.tensor([0, 1, 2, 2, 0, 1, 1])
 
-TRAINED = [(name, kind) for name, kind in PAIRS if not methods.find(name).solved]
-
-
-def attach(backbone, method, **options):
-    torch.manual_seed(0)
-    return vpt.attach(backbone, method, class_names=NAMES, **options)
+TRAINED = [pair for pair in PAIRS if not solved(pair[0])]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
@@ -154,7 +143,7 @@ def test_every_method_gives_its_text_features_head_or_prompts(method):
     if getattr(model, "head", None) is None:
         features = model.text_features(model.features(images()))
         assert features.shape[-2:] == (len(NAMES), model.backbone.feature_dim)
-        assert features.requires_grad == hasattr(model, "context")
+        assert features.requires_grad == (getattr(model, "context", None) is not None)
     else:
         assert isinstance(model.head, torch.nn.Linear)
 

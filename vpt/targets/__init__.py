@@ -1,11 +1,8 @@
 """One file a kind of label, found by its file name: all that knows the labels' shape."""
 
-import numpy as np
-from torch import Tensor
-
 from vpt import modules
 from vpt.errors import InputError
-from vpt.targets.base import Target
+from vpt.targets.base import Labels, Target
 
 __all__ = ["Target", "find", "names", "of"]
 
@@ -26,7 +23,7 @@ def find(target: str | type[Target] | Target) -> Target:
     return target() if isinstance(target, type) else target
 
 
-def of(labels: np.ndarray | Tensor) -> Target:
+def of(labels: Labels) -> Target:
     """The target that `labels` fit.
 
     Raises:

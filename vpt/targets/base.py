@@ -1,16 +1,20 @@
 """A target is the kind of label an image has; nothing else knows the labels' shape."""
 
+from __future__ import annotations
+
 import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # data are listed, and refused, before torch is needed
+    from torch import Tensor
 
 ECE_BINS = 15
-Labels = np.ndarray | Tensor  # arrays of a data set, tensors of a batch
+Labels: TypeAlias = "np.ndarray | Tensor"  # arrays of a data set, tensors of a batch
 
 
 class Target:
