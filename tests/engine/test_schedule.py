@@ -6,7 +6,7 @@ import pytest
 from golden_case import golden_json
 
 from vpt.config import TrainConfig
-from vpt.engine.train import learning_rate
+from vpt.engine.epochs import learning_rate
 
 
 def check(config, expected):

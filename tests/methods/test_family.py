@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from families import MODELS
+from hooks import epoch
 from timm.models.vision_transformer import ResPostBlock
 from tiny import clip, images, pairs, perturb, solved, vit
 from torch import nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
 from vpt.errors import InputError
+from vpt.methods.base import Batch
 
 LABELS = torch.tensor([0, 1, 2, 2, 0, 1, 1])
 
@@ -33,7 +35,10 @@ def loader():
 def start(model, batches):
     """The first thing that `fit` does."""
     data = torch.cat([inputs for inputs, _ in batches]), LABELS
-    model.before_epoch(0, 2, batches, lambda: (model.features(data[0]).detach(), data[1]))
+    named = [Batch(*batch) for batch in batches]
+    model.before_epoch(
+        epoch(model, lambda: model.features(data[0]).detach(), data[1], batches=named)
+    )
 
 
 KINDS = {"vit": vit, "clip": clip}
@@ -246,7 +251,7 @@ class TestSelfPrompts:
         probe.solve(model.features(images(7)).detach(), LABELS)
         close(model.head.weight, probe.head.weight, 1e-4)
         resumed = model.prompts.clone()
-        model.before_epoch(1, 2, batches, lambda: None)
+        model.before_epoch(epoch(model, None, LABELS, number=1))
         assert torch.equal(model.prompts, resumed)
 
 

@@ -9,6 +9,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from vpt import targets
 from vpt.engine.accelerator import Precision, make_accelerator
 from vpt.errors import InputError
+from vpt.methods.base import Batch
 
 EVAL_BATCH = 120  # split evenly over 1 to 6, or 8, processes
 
@@ -33,10 +34,10 @@ def predict(
     accelerator = make_accelerator(precision)
     model.to(accelerator.device).eval()
     batches = []
-    for images, labels in accelerator.prepare(loader):
+    for batch in map(Batch.of, accelerator.prepare(loader)):
         with accelerator.autocast():
-            logits = model(images.to(accelerator.device))
-        batches.append(accelerator.gather_for_metrics((logits.float(), labels)))
+            logits = model(batch.inputs.to(accelerator.device))
+        batches.append(accelerator.gather_for_metrics((logits.float(), batch.labels)))
     if not batches:
         raise InputError("no images to test on: the loader gives no batches")
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))

@@ -22,7 +22,7 @@ from vpt.engine.decision import check_decision, fit_decision, resampled_figures
 from vpt.engine.evaluate import EVAL_BATCH, confusion, predict
 from vpt.engine.figures import draw_confusion
 from vpt.engine.progress import Log
-from vpt.engine.train import Record, check_loss, fit
+from vpt.engine.train import Record, find_loss, fit
 from vpt.errors import InputError
 
 NOTICE = "Not for clinical use."  # with every result of medical data
@@ -118,7 +118,7 @@ def run(
         target=source.target,
         **method_options(config, source),
     )
-    check_loss(config.train.loss, model)
+    find_loss(config.train.loss, model)
     tunable = sum(p.numel() for p in model.tunable_parameters().values())
     kept = model.artifact_tensors()
     stored = sum(p.numel() for name, p in model.named_parameters() if name in kept)

@@ -25,7 +25,7 @@ class Loss:
         if "name" not in vars(cls):
             cls.name = cls.__module__.rpartition(".")[2]
 
-    def __init__(self, target: Target, counts: Callable[[], Tensor]) -> None:
+    def __init__(self, target: Target, counts: Callable[[], Tensor] | None = None) -> None:
         """`counts` reads the labels of all training images: their number in each class (C,)."""
         self.target = target
 
