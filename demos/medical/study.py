@@ -70,7 +70,7 @@ class Study:
         logits, labels = predict(model, loader)
         raw, calibrated = logits.double().softmax(-1), decision.probabilities(logits)
         names = source.class_names
-        plots = {
+        figures = {
             "ROC curve on the test images.": draw_roc(calibrated, labels, names),
             "Precision and recall on the test images.": draw_precision_recall(
                 calibrated, labels, names
@@ -94,7 +94,7 @@ class Study:
             "calibration": np.bincount(split.calibration.labels, minlength=len(names)),
             "cohort": cohort(source, split),
             "class_names": names,
-            "plots": {caption: to_uri(plot) for caption, plot in plots.items()},
+            "plots": {caption: to_uri(figure) for caption, figure in figures.items()},
             "saliency": to_uri(saliency),
             "areas": areas,
         }
