@@ -74,7 +74,7 @@ class Study:
             decision.probabilities(target, logits),
         )
         names = source.class_names
-        plots = {
+        figures = {
             "ROC curve on the test images.": draw_roc(target, calibrated, labels, names),
             "Precision and recall on the test images.": draw_precision_recall(
                 target, calibrated, labels, names
@@ -98,7 +98,7 @@ class Study:
             "calibration": np.bincount(split.calibration.labels, minlength=len(names)),
             "cohort": cohort(source, split),
             "class_names": names,
-            "plots": {caption: to_uri(plot) for caption, plot in plots.items()},
+            "plots": {caption: to_uri(figure) for caption, figure in figures.items()},
             "saliency": to_uri(saliency),
             "areas": areas,
         }

@@ -117,8 +117,9 @@ def test_vtab_of_another_dump(tmp_path, small):
     refused(
         "000000.png has .224, 224. pixels, the original images .32, 32", upscaled, "vtab_cifar100"
     )
-    reencoded = write_vtab(tmp_path / "c", suffix="jpg")
-    refused("train800/000000.jpg is a JPEG, which the original", reencoded, "vtab_cifar100")
+    for suffix in ("jpg", "jpeg"):
+        reencoded = write_vtab(tmp_path / suffix, suffix=suffix)
+        refused(f"000000.{suffix} is a JPEG, which the original", reencoded, "vtab_cifar100")
 
 
 def write_fgvc(root, folder):

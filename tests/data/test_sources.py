@@ -47,7 +47,7 @@ def test_digits():
     samples = source.parts["all"]
     assert source.class_names[:2] == ["zero", "one"] and len(source.class_names) == 10
     assert samples.images.shape == (1797, 8, 8) and samples.images.dtype == np.uint8
-    assert (samples.images.min(), samples.images.max()) == (0, 255)
+    assert np.unique(samples.images)[[0, 1, 7, 16]].tolist() == [0, 16, 112, 255]  # rounded
     assert samples.names[17] == "all/17" and samples.labels.dtype == np.int64
     refused("reads no files", Path("x"), name="digits")
 
@@ -78,6 +78,15 @@ def test_folder_of_parts(tmp_path, val):
 def test_train_without_test_has_no_split(tmp_path):
     class_folders(tmp_path / "train", ["a", "b"])
     assert opened(tmp_path).parts.keys() == {"all"}
+
+
+def test_train_and_val_alone_hold_out_val(tmp_path):
+    for part in ("train", "val"):
+        class_folders(tmp_path / part, ["a", "b"])
+    parts = opened(tmp_path).parts
+    assert parts.keys() == {"train", "test"} and parts["test"].names[0] == "val/a/0.png"
+    class_folders(tmp_path / "valid", ["a", "b"])
+    refused("two folders for one part, train, val, valid", tmp_path)
 
 
 def test_a_class_may_be_called_test(tmp_path):
