@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vpt import backbones, methods, targets
+from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
@@ -124,26 +125,7 @@ def load(
     method = _known(path, "method", metadata["method"], method, methods.names())
     kind = "multilabel" if metadata.get("multilabel") else "multiclass"
     target = _known(path, "target", metadata.get("target", kind), target, targets.names())
-    made_for = metadata["backbone"]
-    if backbone is None:
-        if made_for["name"] is None:
-            raise InputError(
-                f"{path}: does not know its backbone's name: give backbone=MODEL to vpt.load"
-            )
-        backbone = backbones.load(made_for["name"], made_for["checkpoint"])
-    adapted = backbones.adapt(backbone)
-    if adapted.fingerprint() != made_for["fingerprint"]:
-        raise InputError(
-            f"{path}: made for backbone {made_for['name'] or 'unnamed'} with fingerprint "
-            f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
-            "give the backbone that it was trained on"
-        )
-    adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
-    if "answer" in made_for and _differ(adapted.answer(), made_for["answer"]):
-        raise InputError(
-            f"{path}: made for a backbone of these weights but another architecture, such as "
-            "another activation or pooling: give the backbone that it was trained on"
-        )
+    adapted = _backbone(path, metadata, backbone)
     try:
         model = methods.attach(
             adapted,
@@ -175,6 +157,31 @@ def load(
     model.load_state_dict(tensors, strict=False)
     model.metadata = metadata
     return model.eval()
+
+
+def _backbone(path: str | Path, metadata: dict[str, Any], backbone: nn.Module | None) -> Backbone:
+    """The backbone of an artefact, given or loaded by its name, checked to be the one."""
+    made_for = metadata["backbone"]
+    if backbone is None:
+        if made_for["name"] is None:
+            raise InputError(
+                f"{path}: does not know its backbone's name: give backbone=MODEL to vpt.load"
+            )
+        backbone = backbones.load(made_for["name"], made_for["checkpoint"])
+    adapted = backbones.adapt(backbone)
+    if adapted.fingerprint() != made_for["fingerprint"]:
+        raise InputError(
+            f"{path}: made for backbone {made_for['name'] or 'unnamed'} with fingerprint "
+            f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
+            "give the backbone that it was trained on"
+        )
+    adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
+    if "answer" in made_for and _differ(adapted.answer(), made_for["answer"]):
+        raise InputError(
+            f"{path}: made for a backbone of these weights but another architecture, such as "
+            "another activation or pooling: give the backbone that it was trained on"
+        )
+    return adapted
 
 
 def _known(path: str | Path, kind: str, name: str, given: Any, names: Sequence[str]) -> Any:

@@ -43,6 +43,10 @@ class Target:
         """True if `labels` are of this kind."""
         raise NotImplementedError
 
+    def num_classes(self, labels: np.ndarray) -> int:
+        """Number of classes that `labels` need at least."""
+        raise NotImplementedError
+
     def class_counts(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
         """Number of images of each class (C,)."""
         raise NotImplementedError
