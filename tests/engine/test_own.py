@@ -342,3 +342,18 @@ def test_terms_are_in_the_run_folder(tmp_path, monkeypatch):
 def _with_term(self, batch, loss):
     plain = super(VPTDeep, self).step(batch, loss)
     return plain._replace(terms={"own": plain.total * 0 + 0.5})
+
+
+def test_the_parts_of_cross_validation_have_the_same_loss(monkeypatch):
+    monkeypatch.setattr("vpt.engine.crossval.LEVEL", 2)  # always trained
+    used = []
+
+    class Recorded(VPTDeep):
+        def step(self, batch, loss):
+            used.append(loss.log_weights.exp().sum().item())
+            return super().step(batch, loss)
+
+    model = attach(Recorded)
+    config = {**CONFIG, "epochs": 1, "folds": 2}
+    vpt.fit(model, loader(model, samples()), config=config, loss=Priors)
+    assert used == pytest.approx([12, 12, 12, 12, 24, 24, 24])
