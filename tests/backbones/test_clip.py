@@ -80,12 +80,8 @@ def test_prompts_before_ln_pre(exact_tokens):
     case = Case("vpt_clip")
     backbone = backbones.adapt(case.backbone())
     backbone.exact_tokens = exact_tokens
-    context = {
-        name.removeprefix("init."): tensor.requires_grad_()
-        for name, tensor in case.tensors.items()
-        if name.startswith("init.")
-    }
-    first, *deep = context.values()
+    context = {name: tensor.requires_grad_() for name, tensor in case.under("init.").items()}
+    first, *deep = (context[name] for name in sorted(context, key=lambda name: (len(name), name)))
     prompts = [backbone.image_tower.ln_pre(first), *deep]
     features = backbone(case["input.images"], prompts, range(len(prompts)), "append")
     normalized = torch.nn.functional.normalize(features, dim=-1)
