@@ -12,17 +12,8 @@ from vpt.config import TrainConfig
 from vpt.engine.train import make_optimizer
 from vpt.methods.base import Head
 
-VPT = {
-    "vpt_shallow": ("vpt_shallow", {}),
-    "vpt_deep": ("vpt_deep", {}),
-    "vpt_deep_project": ("vpt_deep", {"project": 10}),
-}
-COOP = {
-    "coop_end": {"position": "end"},
-    "coop_front": {"position": "front"},
-    "coop_middle": {"position": "middle"},
-    "coop_csc": {"class_specific": True},
-}
+VPT = ["vpt_shallow", "vpt_deep", "vpt_deep_project"]
+COOP = ["coop_end", "coop_front", "coop_middle", "coop_csc"]
 JOINT = ["ivlp", "maple", "vpt_clip"]
 
 
@@ -36,13 +27,14 @@ def vpt_tensors(case, prefix):
 
 def vpt_model(name):
     case = Case(name)
-    method, options = VPT[name]
+    prompt = case.config["prompt"]
     model = vpt.attach(
         case.backbone(),
-        method,
+        "vpt_deep" if prompt["deep"] else "vpt_shallow",
         num_classes=case.config["num_classes"],
-        num_tokens=case.config["prompt"]["num_tokens"],
-        **options,
+        num_tokens=prompt["num_tokens"],
+        project=None if prompt["project"] == -1 else prompt["project"],
+        dropout=prompt["dropout"],
     )
     model.load_state_dict(vpt_tensors(case, "init."), strict=False)
     return case, model
@@ -50,12 +42,15 @@ def vpt_model(name):
 
 def coop_model(name):
     case = Case(name)
+    prompt = case.config["prompt"]
     model = vpt.attach(
         case.backbone(),
         "coop",
         class_names=case.config["classnames"],
-        num_tokens=case.config["prompt"]["n_ctx"],
-        **COOP[name],
+        num_tokens=prompt["n_ctx"],
+        init=prompt["ctx_init"] or None,
+        position=prompt["class_token_position"],
+        class_specific=prompt["class_specific"],
     )
     model.load_state_dict({"context": case["init.ctx"]}, strict=False)
     return case, model
@@ -65,7 +60,7 @@ def joint_model(name):
     """IVLP, MaPLe or VPT on CLIP (IVLP with a fixed text) at the start of its case."""
     case = Case(name)
     prompt = case.config["prompt"]
-    options = {"init": prompt["ctx_init"]}
+    options = {"init": prompt["ctx_init"] or None}
     if name == "maple":
         options |= {"num_tokens": prompt["n_ctx"], "depth": prompt["prompt_depth"]}
     else:
@@ -102,7 +97,10 @@ def check_training(case, model, grads, final):
     """Loss, gradients and five optimiser steps on one batch."""
     settings = case.config["optimiser"]
     config = TrainConfig(
-        optimizer="sgd", lr=settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"]
+        optimizer="sgd",
+        lr=settings["lr"],
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
     )
     optimizer = make_optimizer(model, config)
     model.train()
@@ -142,9 +140,10 @@ def test_coop(name, exact_tokens):
     length = model.tokens.shape[1]
     assert torch.equal(model.tokens, case["input.tokens"][:, :length])
     assert not case["input.tokens"][:, length:].any()
-    embeddings = case["expected.prompt_embeddings"]  # of the first two classes
-    shown = min(length, embeddings.shape[1])
-    assert_close(model.prompt_embeddings(model.context)[:2, :shown], embeddings[:, :shown])
+    embeddings = case["expected.prompt_embeddings"]  # of the first classes
+    classes, shown = len(embeddings), min(length, embeddings.shape[1])
+    found = model.prompt_embeddings(model.context)[:classes, :shown]
+    assert_close(found, embeddings[:, :shown])
     normalized = torch.nn.functional.normalize(model.text_features(), dim=-1)
     assert_close(normalized, case["expected.text_features"])
     assert_close(model(case["input.images"]), case["expected.logits"])
@@ -155,9 +154,12 @@ def test_coop(name, exact_tokens):
 def test_cocoop(exact_tokens):
     case = Case("cocoop")
     names = case.config["classnames"]
-    model = vpt.attach(case.backbone(), "cocoop", class_names=names, init="a photo of a")
+    prompt = case.config["prompt"]
+    options = {"num_tokens": prompt["n_ctx"], "init": prompt["ctx_init"] or None}
+    model = vpt.attach(case.backbone(), "cocoop", class_names=names, **options)
     init, grads, final = (_cocoop_tensors(case, part) for part in ("init.", "grad.", "final."))
-    assert_close(model.context, init["context"])
+    if options["init"]:
+        assert_close(model.context, init["context"])
     model.load_state_dict(init, strict=False)
     model.backbone.exact_tokens = exact_tokens
     features = torch.nn.functional.normalize(model.features(case["input.images"]), dim=-1)
