@@ -136,8 +136,17 @@ class Method(nn.Module):
         return images
 
     def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
-        """Features (B, feature_dim) that the read-out half reads: the tower's own."""
+        """Features (B, feature_dim) that the read-out half reads: the tower's own.
+
+        Others read outputs of prompts (`Backbone.tokens`) or features before the projection
+        (`Backbone.pooled`).
+        """
         return self.backbone(images, prompts)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what `read` gives."""
+        return self.backbone.feature_dim
 
     def features(self, images: Tensor) -> Tensor:
         """Image features (B, feature_dim)."""
