@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from golden_case import Case, assert_close, golden_json
+from golden_case import Case, assert_close, cases, golden_json
 from timm.models.vision_transformer import VisionTransformer
 
 import vpt
@@ -12,9 +12,15 @@ from vpt.config import TrainConfig
 from vpt.engine.train import make_optimizer
 from vpt.methods.base import Head
 
-VPT = ["vpt_shallow", "vpt_deep", "vpt_deep_project"]
-COOP = ["coop_end", "coop_front", "coop_middle", "coop_csc"]
-JOINT = ["ivlp", "maple", "vpt_clip"]
+# every size, option and word is from a case's sidecar, so another variant may take its place
+VPT = cases("src/models/vit_prompt/vit.py")
+COOP = cases("trainers/coop.py")
+COCOOP = cases("trainers/cocoop.py")
+JOINT = [
+    *cases("trainers/independentVL.py"),
+    *cases("trainers/maple.py"),
+    *cases("trainers/vpt.py"),
+]
 
 
 def vpt_tensors(case, prefix):
@@ -61,14 +67,14 @@ def joint_model(name):
     case = Case(name)
     prompt = case.config["prompt"]
     options = {"init": prompt["ctx_init"] or None}
-    if name == "maple":
+    if "prompt_depth" in prompt:
         options |= {"num_tokens": prompt["n_ctx"], "depth": prompt["prompt_depth"]}
     else:
         options["num_image_tokens"] = prompt["n_ctx_vision"]
         options["image_depth"] = prompt["depth_vision"]
         options["text_depth"] = prompt.get("depth_text", 0)
         options["num_tokens"] = prompt.get("n_ctx_text", 1)
-    method = "maple" if name == "maple" else "ivlp"
+    method = "maple" if "prompt_depth" in prompt else "ivlp"
     names = case.config["classnames"]
     model = vpt.attach(case.backbone(), method, class_names=names, **options)
     init = joint_tensors(case, "init.")
@@ -97,10 +103,8 @@ def check_training(case, model, grads, final):
     """Loss, gradients and five optimiser steps on one batch."""
     settings = case.config["optimiser"]
     config = TrainConfig(
-        optimizer="sgd",
-        lr=settings["lr"],
-        momentum=settings["momentum"],
-        weight_decay=settings["weight_decay"],
+        optimizer=settings["type"].lower(),
+        **{key: settings[key] for key in ("lr", "momentum", "weight_decay")},
     )
     optimizer = make_optimizer(model, config)
     model.train()
@@ -141,9 +145,8 @@ def test_coop(name, exact_tokens):
     assert torch.equal(model.tokens, case["input.tokens"][:, :length])
     assert not case["input.tokens"][:, length:].any()
     embeddings = case["expected.prompt_embeddings"]  # of the first classes
-    classes, shown = len(embeddings), min(length, embeddings.shape[1])
-    found = model.prompt_embeddings(model.context)[:classes, :shown]
-    assert_close(found, embeddings[:, :shown])
+    count, shown = len(embeddings), min(length, embeddings.shape[1])
+    assert_close(model.prompt_embeddings(model.context)[:count, :shown], embeddings[:, :shown])
     normalized = torch.nn.functional.normalize(model.text_features(), dim=-1)
     assert_close(normalized, case["expected.text_features"])
     assert_close(model(case["input.images"]), case["expected.logits"])
@@ -151,14 +154,15 @@ def test_coop(name, exact_tokens):
 
 
 @pytest.mark.parametrize("exact_tokens", [False, True])
-def test_cocoop(exact_tokens):
-    case = Case("cocoop")
-    names = case.config["classnames"]
+@pytest.mark.parametrize("name", COCOOP)
+def test_cocoop(name, exact_tokens):
+    case = Case(name)
     prompt = case.config["prompt"]
-    options = {"num_tokens": prompt["n_ctx"], "init": prompt["ctx_init"] or None}
-    model = vpt.attach(case.backbone(), "cocoop", class_names=names, **options)
+    words = {"num_tokens": prompt["n_ctx"], "init": prompt["ctx_init"] or None}
+    names = case.config["classnames"]
+    model = vpt.attach(case.backbone(), "cocoop", class_names=names, **words)
     init, grads, final = (_cocoop_tensors(case, part) for part in ("init.", "grad.", "final."))
-    if options["init"]:
+    if words["init"]:
         assert_close(model.context, init["context"])
     model.load_state_dict(init, strict=False)
     model.backbone.exact_tokens = exact_tokens

@@ -45,7 +45,15 @@ def adapt(model: nn.Module, text_tower: type[TextTower] | None = None) -> Backbo
             f"{type(model).__name__} has {half} weights: give model.float(); prompts train in "
             "float32, and train.precision=bf16 is the fast path"
         )
-    adapted = share(model) if isinstance(model, Backbone) else find_family(model)(model)
+    if any(not isinstance(value, Tensor) for value in model.state_dict().values()):
+        raise InputError(
+            f"{type(model).__name__} has quantised layers: give the model before quantisation"
+        )
+    if isinstance(model, Backbone):
+        adapted = share(model)
+    else:
+        adapted = find_family(model)(model)
+        adapted.check_features()
     if text_tower is not None:
         if not isinstance(adapted, clip.Adapter):
             raise InputError(
