@@ -148,8 +148,9 @@ MODELS = {
     ),
     "swin_clip": lambda: timm_clip(swin(SwinTransformer, 4, num_classes=16), open_clip.CLIP),
 }
-if Version(timm.__version__) < Version("1.0.30"):
-    del MODELS["eva_grouped_heads"], MODELS["rope_qk_norm"], MODELS["swinv2_padded"]
+if Version(timm.__version__) < Version("1.0.30"):  # cannot build these, or not run in float64
+    for name in ("eva_grouped_heads", "rope_mixed", "rope_qk_norm", "swinv2_padded"):
+        del MODELS[name]
 
 
 def build(name, seed=0):
