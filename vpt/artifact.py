@@ -17,7 +17,7 @@ from vpt import backbones, methods, targets
 from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.data.transforms import Preprocess
-from vpt.errors import InputError
+from vpt.errors import InputError, nearest
 from vpt.resources import package_version
 from vpt.targets import Target
 
@@ -190,7 +190,8 @@ def _known(path: str | Path, kind: str, name: str, given: Any, names: Sequence[s
         raise InputError(f"{path}: its {kind} is {name}, not {given.name}: give {kind}={name}")
     if given is None and name not in names:
         raise InputError(
-            f"{path}: its {kind} {name} is not one of this package: give its class, {kind}=CLASS"
+            f"{path}: its {kind} {name} is not one of this package, but a class of somebody's own: "
+            f"give {kind}=CLASS{nearest(name, names)}"
         )
     return given or name
 
