@@ -148,7 +148,7 @@ def test_a_changed_forward_of_the_whole_model_is_refused(name):
     else:
         forward = model.forward
         model.forward = lambda x: 2 * forward(x)
-    with pytest.raises(InputError, match="gives other features than a .* of its weights"):
+    with pytest.raises(InputError, match=r"gives other features than a .* of its weights"):
         backbones.adapt(model)
 
 
