@@ -18,8 +18,9 @@ from vpt.config import (
     validate,
 )
 from vpt.data.fewshot import split_data
-from vpt.data.images import check_images, list_images
+from vpt.data.images import check_images
 from vpt.data.loaders import make_loader
+from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
 from vpt.engine.decision import Decision, resampled_figures
 from vpt.engine.evaluate import EVAL_BATCH
