@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vpt import resources
 from vpt.backbones import clip
 from vpt.backbones._families import families, find_family
+from vpt.backbones._wrapped import unwrap
 from vpt.backbones.base import Backbone, share
 from vpt.backbones.text import TextTower
 from vpt.config import BackboneConfig, BackbonePreset, read_yaml, validate
@@ -28,24 +29,33 @@ __all__ = ["Backbone", "TextTower", "adapt", "families", "load", "load_tiny_clip
 TINY_CLIP = Path(__file__).parent / "tiny_clip"
 
 
-def adapt(model: nn.Module, text_tower: type[TextTower] | None = None) -> Backbone:
+def adapt(model: Any, text_tower: type[TextTower] | None = None) -> Backbone:
     """A frozen view of `model` (a timm or open_clip model, or a Backbone) that shares its weights.
 
     Args:
-        model: to adapt.
+        model: to adapt, or what `_wrapped.unwrap` knows to hold it.
         text_tower: one's own family, in place of the one that fits the model's text tower.
 
     Raises:
         InputError: no family knows this type of model, its weights are in half precision, or it
             has no text tower to take as `text_tower`.
     """
+    model = unwrap(model)
     half = next((p.dtype for p in model.parameters() if p.dtype.itemsize < 4), None)
     if half:
         raise InputError(
             f"{type(model).__name__} has {half} weights: give model.float(); prompts train in "
             "float32, and train.precision=bf16 is the fast path"
         )
-    adapted = share(model) if isinstance(model, Backbone) else find_family(model)(model)
+    if any(not isinstance(value, Tensor) for value in model.state_dict().values()):
+        raise InputError(
+            f"{type(model).__name__} has quantised layers: give the model before quantisation"
+        )
+    if isinstance(model, Backbone):
+        adapted = share(model)
+    else:
+        adapted = find_family(model)(model)
+        adapted.check_features()
     if text_tower is not None:
         if not isinstance(adapted, clip.Adapter):
             raise InputError(
