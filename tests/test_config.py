@@ -205,6 +205,8 @@ CHANGES = {
     "data.shots_per": "patient",
     "data.calibration": "0.25",
     "data.augment": "crop",
+    "data.exclude": "old",
+    "data.include": "[a, b]",
     "data.windows": "[lung, bone, brain]",
     "data.workers": "2",
     "data.duplicates": "stop",

@@ -32,6 +32,9 @@ Parts = Literal["train-test", "train-val", "trainval-test"]
 Values = Annotated[list[Any], Field(min_length=1)]
 Recipe = Literal["default", "paper"]
 Window = Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain", "stroke"]
+Patterns = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 Windows = Annotated[tuple[Window, ...], Field(min_length=3, max_length=3)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
@@ -74,6 +77,10 @@ class DataConfig(Strict):
     classes: list[Text] | None = None
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
+    # patterns of paths, folders or names, of files to leave out, and of those to keep although they
+    # look like masks or other things that are no data; None: the card's
+    exclude: Patterns | None = None
+    include: Patterns | None = None
     windows: Windows | None = None  # of CT, as channels; None: the files' own
     workers: NonNegativeInt = 0
     # test images that look like training images: said, refused, or not looked for;

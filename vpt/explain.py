@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from vpt import artifact
 from vpt.backbones.text import CLIP_VOCABULARY
-from vpt.data.images import check_images, list_images, read_image
+from vpt.data.images import check_images, read_image
+from vpt.data.search import list_images
 from vpt.engine.apply import load
 from vpt.engine.figures import save
 from vpt.engine.run import NOTICE

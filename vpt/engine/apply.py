@@ -18,7 +18,8 @@ from vpt.config import (
     validate,
 )
 from vpt.data.fewshot import split_data
-from vpt.data.images import check_images, list_images
+from vpt.data.images import check_images
+from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
 from vpt.engine.decision import Decision, resampled_figures
 from vpt.engine.evaluate import outputs

@@ -118,7 +118,8 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
     check_split_images(split)
     calibration = _calibration(config, source, split)
     methods.check_options(config.method.name, config.method.options)
-    log(f"data: {describe(source, split, config.data)}")
+    for line in [describe(source, split, config.data), *source.notes, *split.notes]:
+        log(f"data: {line}")
     duplicates = _duplicates(config, split, log)
 
     set_seed(config.train.seed)
@@ -220,6 +221,7 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
         "backbone": config.backbone.name,
         "fingerprint": model.backbone.fingerprint()[:16],
         "data": source.name,
+        "left_out": source.left_out,
         "shots": config.data.shots,
         "shots_per": config.data.shots_per,
         "num_train": len(split.train),
