@@ -98,10 +98,10 @@ def predict(
     """Classify images."""
     from vpt.engine.apply import predict
 
-    for prediction in predict(artefact, images, checkpoint):
+    for number, prediction in enumerate(predict(artefact, images, checkpoint, log=_say)):
+        if number == 0 and "notice" in prediction:
+            _say(prediction["notice"])
         print(json.dumps(prediction) if as_json else "\t".join(_columns(prediction)))
-    if notice := prediction.get("notice"):
-        _say(notice)
 
 
 @app.command()
@@ -183,11 +183,11 @@ def explain(
             for words in rows:
                 print(f"{name}\t{' '.join(words)}")
         return
-    for record in explain_images(artefact, images, out, checkpoint):
+    for number, record in enumerate(explain_images(artefact, images, out, checkpoint, log=_say)):
+        if number == 0 and "notice" in record:
+            _say(record["notice"])
         areas = f"deletion {record['deletion_area']:.3f}, random {record['random_area']:.3f}"
         print(f"{record['path']}\t{record['class']}\t{areas}\t{record['figure']}")
-    if notice := record.get("notice"):
-        _say(notice)
 
 
 @app.command()

@@ -18,9 +18,9 @@ from vpt.config import (
     validate,
 )
 from vpt.data.fewshot import split_data
-from vpt.data.images import check_images
 from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
+from vpt.data.survey import Survey, survey_images
 from vpt.engine.decision import Decision, resampled_figures
 from vpt.engine.evaluate import outputs
 from vpt.engine.folder import RunFolder
@@ -73,7 +73,8 @@ def evaluate(
         )
     tests = _test_samples(source, settings.data, metadata, path, every)
     files = [path for test in tests for path in test.images if isinstance(path, Path)]
-    check_images(files, settings.data.windows)
+    grey = metadata["preprocess"].get("grey_range")
+    survey_images(files, settings.data.windows).through(grey, log).check()
     log(f"testing on {sum(map(len, tests))} images")
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     model = artifact.load(path, backbone)
@@ -131,22 +132,43 @@ def load(path: Path, checkpoint: str | None = None) -> Method:
     return artifact.load(path, backbones.load(name, checkpoint) if name and checkpoint else None)
 
 
+def survey(paths: Sequence[Path], metadata: dict[str, Any], log: Log) -> Survey:
+    """The image files that `paths` mean, for the artefact of `metadata`; says what is wrong.
+
+    Raises:
+        InputError: a folder without images, or no file that can be read.
+    """
+    found = survey_images(list_images(paths, log), metadata.get("data", {}).get("windows"))
+    found = found.through(metadata["preprocess"].get("grey_range"), log)
+    if not found.readable:
+        found.check()
+    for path, reason in found.broken.items():
+        log(f"{path}: left out, it can't be read ({reason})")
+    return found
+
+
 def predict(
-    path: Path, images: Sequence[Path], checkpoint: str | None = None
+    path: Path, images: Sequence[Path], checkpoint: str | None = None, log: Log = print
 ) -> Iterator[dict[str, Any]]:
     """The decision on each image file, in order; folders are searched. See `Decision.describe`.
 
-    `checkpoint` is the backbone's file of weights, where it is not at its place in training.
+    Files that cannot be read are left out, and named by an error after the last decision.
+
+    Args:
+        path: the artefact.
+        images: files and folders.
+        checkpoint: the backbone's file of weights, where it is not at its place in training.
+        log: takes lines for the user.
 
     Raises:
-        InputError: a path that is not there, a folder without images, a file that is no image.
+        InputError: a folder without images; at the end, files that are missing or no image.
     """
-    files = list_images(images)
     _, metadata = artifact.read(path)
-    windows = metadata.get("data", {}).get("windows")
-    check_images(files, windows)
+    found = survey(images, metadata, log)
+    files = found.readable
     model = load(path, checkpoint).fold()
     names = [str(file) for file in files]
+    windows = metadata.get("data", {}).get("windows")
     samples = Samples(files, np.zeros(len(files), np.int64), names, windows=windows)
     logits, _ = outputs(model, samples, metadata.get("precision", "auto"))
     decision = Decision(**metadata.get("decision", {}))
@@ -157,3 +179,4 @@ def predict(
             **decision.describe(model.target, row, model.class_names),
             **notice,
         }
+    found.check()

@@ -16,9 +16,10 @@ from vpt import artifact, backbones, methods
 from vpt.config import DataConfig, DecisionConfig, RunConfig, load_run, to_yaml
 from vpt.data.duplicates import Duplicate, find_duplicates
 from vpt.data.fewshot import Split, split_data
-from vpt.data.images import check_images
 from vpt.data.loaders import make_loader
+from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
+from vpt.data.survey import Survey, check_images
 from vpt.engine import train as training
 from vpt.engine.accelerator import processes
 from vpt.engine.decision import Decision, check_decision, fit_decision, resampled_figures
@@ -115,18 +116,20 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
     source = open_source(config.data)
     split = split_data(source, config.data)
     _check_same_split(folder, split)
-    check_split_images(split)
+    survey = check_split_images(split)
     calibration = _calibration(config, source, split)
     methods.check_options(config.method.name, config.method.options)
     for line in [describe(source, split, config.data), *source.notes, *split.notes]:
         log(f"data: {line}")
-    duplicates = _duplicates(config, split, log)
+    grey = _grey_range(survey, split, log)
+    duplicates = _duplicates(config, split, grey, log)
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
     backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
     backbone.exact_tokens = config.engine.exact_tokens
     backbone.checkpointing = config.engine.checkpointing
+    backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
     if not backbone.knows_rows:
         log(f"{config.backbone.name}: blocks of an unknown type, so prompts run as tokens")
     model = methods.attach(
@@ -269,11 +272,25 @@ def method_options(config: RunConfig, source: Source) -> dict[str, Any]:
     return options
 
 
-def check_split_images(split: Split) -> None:
+def check_split_images(split: Split) -> Survey:
     """Decode every image file of the split once, so that a broken one is said before training."""
     parts = [p for p in (split.train, split.val, split.calibration, split.test) if p is not None]
     files = [path for part in parts for path in part.images if isinstance(path, Path)]
-    check_images(files, split.train.windows)
+    return check_images(files, split.train.windows)
+
+
+def _grey_range(survey: Survey, split: Split, log: Log) -> Range | None:
+    """One range for all grey images with more than 8 bits, chosen from the training images.
+
+    Raises:
+        InputError: they have at most 8 bits, but others have values that need a range.
+    """
+    training = {path for path in split.train.images if isinstance(path, Path)}
+    grey = choose_range(values for path, values in survey.grey.items() if path in training)
+    if grey:
+        log(f"grey images: values from {grey[0]:g} to {grey[1]:g}, as the training images have")
+    survey.through(grey, log).check()
+    return grey
 
 
 def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | None:
@@ -291,12 +308,12 @@ def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | N
     return samples
 
 
-def _duplicates(config: RunConfig, split: Split, log: Log) -> list[Duplicate]:
+def _duplicates(config: RunConfig, split: Split, grey: Range | None, log: Log) -> list[Duplicate]:
     """Test images that look like training images, unless `data.duplicates` is ignore."""
     wanted = config.data.duplicates or ("stop" if split.train.patients else "warn")
     if wanted == "ignore":
         return []
-    pairs = find_duplicates(split)
+    pairs = find_duplicates(split, grey)
     if pairs:
         parts = "test and calibration" if split.calibration else "test"
         number = len(split.test) + len(split.calibration or ())
