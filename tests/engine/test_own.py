@@ -183,9 +183,7 @@ def test_a_target_of_ones_own(tmp_path):
     assert found["accuracy"] == pytest.approx(right)
 
     path = vpt.save(model, tmp_path / "votes.safetensors")
-    with pytest.raises(
-        InputError, match=r"target Votes is not one of this package.*give target=CLASS"
-    ):
+    with pytest.raises(InputError, match=r"target Votes is not .*give target=CLASS"):
         vpt.load(path, vit())
     with pytest.raises(InputError, match="its target is Votes, not multiclass"):
         vpt.load(path, vit(), target=Multiclass)
@@ -301,9 +299,7 @@ def test_hooks_are_called_around_each_epoch():
 def test_a_method_of_ones_own_is_loaded_by_its_class(tmp_path):
     model = attach(Anchored)
     path = vpt.save(model, tmp_path / "own.safetensors")
-    with pytest.raises(
-        InputError, match=r"method Anchored is not one of this package.*give method=CLASS"
-    ):
+    with pytest.raises(InputError, match=r"method Anchored is not .*give method=CLASS"):
         vpt.load(path, vit())
     with pytest.raises(InputError, match="its method is Anchored, not vpt_deep"):
         vpt.load(path, vit(), method=VPTDeep)
