@@ -38,7 +38,9 @@ def predict(
     accelerator = make_accelerator(precision)
     model.to(accelerator.device).eval()
     batches = []
-    for batch in map(Batch.of, accelerator.prepare(loader)):
+    conform = getattr(model, "conform", None)  # a model that is not of this package has none
+    for number, batch in enumerate(accelerator.prepare(loader)):
+        batch = Batch.read(batch, number, conform)
         with accelerator.autocast():
             logits = model(batch.inputs.to(accelerator.device))
         batches.append(accelerator.gather_for_metrics((logits.float(), batch.labels)))
