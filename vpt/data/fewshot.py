@@ -216,9 +216,7 @@ def _check_counts(source: Source, samples: Samples, shots: int, per: Per) -> lis
     for name, count in fewer.items():
         if count == 0:
             group = " of the patients to train on" if samples.patients and per == "image" else ""
-            raise InputError(
-                f"class {name!r} has 0 {per}s{group}: add {per}s, or remove the class"
-            )
+            raise InputError(f"class {name!r} has 0 {per}s{group}: add {per}s, or remove the class")
     return [f"{name} ({count})" for name, count in fewer.items()]
 
 
