@@ -58,7 +58,7 @@ def evaluate(
         "data": {**metadata.get("data", {}), "root": root},
         "backbone": artifact.backbone_settings(metadata),
     }
-    settings = validate(Settings, apply_overrides(settings, overrides), where=str(path))
+    settings = validate(Settings, apply_overrides(Settings, settings, overrides), where=str(path))
     source = open_source(settings.data)
     differing = set(source.class_names) ^ set(metadata["class_names"])
     if differing:
