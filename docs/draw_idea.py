@@ -42,14 +42,14 @@ def main(path: Path) -> None:
     top, bottom = TOP + GAP + PROMPTS * CELL, TOP - TOKENS * CELL
     notes = [
         (4.1, bottom - 1, FROZEN, "the frozen backbone,\nshared by all prompts"),
-        (11.15, top + 0.7, LEARNED, "the prompt: learned, the same for every image"),
+        (11.15, top + 0.55, LEARNED, "the prompt: learned, the same for every image"),
         (11.15, bottom - 1, LEARNED, "extra rows for the image's tokens to attend to: no query,\n"
          "no output, no MLP of their own, and constant at inference"),
         (21.1, bottom - 1, LEARNED, "there, a prompt\nof its own"),
     ]  # fmt: skip
     for x, y, color, note in notes:
         axes.text(x, y, note, color=color, ha="center", va="top", weight="bold")
-    axes.set(xlim=(0, 22.6), ylim=(bottom - 1.8, top + 1), aspect="equal")
+    axes.set(xlim=(0, 22.6), ylim=(bottom - 1.8, top + 0.7), aspect="equal")
     axes.set_axis_off()
     figure.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
 

@@ -16,6 +16,12 @@ def golden_json(name):
     return json.loads((GOLDEN / f"{name}_a.json").read_text())
 
 
+def cases(file):
+    """Names of the cases with tensors that `file` of a reference implementation made."""
+    names = sorted(path.stem.removesuffix("_a") for path in GOLDEN.glob("*.safetensors"))
+    return [name for name in names if file in golden_json(name)["source"]["files"]]
+
+
 class Case:
     """Tensors and configuration of one case, and its backbone."""
 

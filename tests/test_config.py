@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 import vpt
 from vpt import methods, resources
-from vpt.config import RunConfig, load_run, read_yaml, to_yaml
+from vpt.config import RunConfig, Strict, TrainConfig, load_run, read_yaml, to_yaml
 from vpt.errors import InputError
 
 RUNS = resources.names("configs/run")
@@ -205,6 +205,8 @@ CHANGES = {
     "data.shots_per": "patient",
     "data.calibration": "0.25",
     "data.augment": "crop",
+    "data.exclude": "old",
+    "data.include": "[a, b]",
     "data.windows": "[lung, bone, brain]",
     "data.workers": "2",
     "data.duplicates": "stop",
@@ -284,3 +286,33 @@ def test_the_recipe_of_the_paper():
         vpt.recipe("vpt_deep", "papr")
     with pytest.raises(vpt.InputError, match="vpt_deep"):
         vpt.recipe("vpt_depe")
+
+
+def test_a_neutral_new_key_keeps_the_hash():
+    class Train(TrainConfig):
+        teacher: str | None = None
+
+    class Stream(Strict):
+        tasks: int = 1
+        strategy: str = "sequential"
+
+    class Later(RunConfig):
+        train: Train = Train()
+        stream: Stream = Stream()
+        shards: int = 1
+
+    def changed(**sections):
+        values = load_run("vpt_deep").model_dump()
+        return Later.model_validate({**values, **sections}).hash
+
+    plain = load_run("vpt_deep")
+    train = plain.train.model_dump()
+    assert changed() == changed(train={**train, "teacher": None}) == plain.hash
+    assert changed(stream={"tasks": 1}) == changed(shards=1) == plain.hash
+    others = [
+        changed(train={**train, "teacher": "a"}),
+        changed(stream={"tasks": 5}),
+        changed(stream={"tasks": 5, "strategy": "joint"}),
+        changed(shards=2),
+    ]
+    assert len({plain.hash, *others}) == 5

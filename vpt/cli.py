@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from vpt.errors import InputError
+from vpt.resources import package_version
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 app = typer.Typer(
-    help="Learnable prompts for frozen vision transformers and CLIP.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,11 +26,26 @@ Overrides = Annotated[
 Artefact = Annotated[Path, typer.Argument(help="A prompt.safetensors that `vpt train` wrote.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(package_version())
+        raise typer.Exit
+
+
 class Engine(StrEnum):
     """What does the runs of a suite."""
 
     local = "local"
     ray = "ray"
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Learnable prompts for frozen vision transformers and CLIP."""
 
 
 @app.command()

@@ -32,6 +32,9 @@ Parts = Literal["train-test", "train-val", "trainval-test"]
 Values = Annotated[list[Any], Field(min_length=1)]
 Recipe = Literal["default", "paper"]
 Window = Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain", "stroke"]
+Patterns = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 Windows = Annotated[tuple[Window, ...], Field(min_length=3, max_length=3)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
@@ -74,6 +77,10 @@ class DataConfig(Strict):
     classes: list[Text] | None = None
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
+    # patterns of paths, folders or names, of files to leave out, and of those to keep although they
+    # look like masks or other things that are no data; None: the card's
+    exclude: Patterns | None = None
+    include: Patterns | None = None
     windows: Windows | None = None  # of CT, as channels; None: the files' own
     workers: NonNegativeInt = 0
     # test images that look like training images: said, refused, or not looked for;
@@ -108,9 +115,10 @@ class TrainConfig(Strict):
     schedule: Literal["cosine", "dassl", "constant"] = "cosine"
     warmup_epochs: NonNegativeInt = 10
     warmup_lr: float = Field(1e-5, ge=0)
-    # class_balanced: classes weighted by their effective number of images (Cui et al. 2019);
-    # logit_adjusted: in training, logits plus the classes' log shares (Menon et al. 2021)
-    loss: Literal["cross_entropy", "class_balanced", "logit_adjusted"] = "cross_entropy"
+    # a file under vpt/losses: cross_entropy; class_balanced: classes weighted by their effective
+    # number of images (Cui et al. 2019); logit_adjusted: in training, logits plus the classes' log
+    # proportions (Menon et al. 2021)
+    loss: str = "cross_entropy"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
     # 2 or more: cross-validate on the training images first, and leave the method as it starts
     # where training does not make it better; None: always train
@@ -186,7 +194,34 @@ class RunConfig(Strict):
         without = {"data": {"workers", "duplicates"}, "engine": {"feature_cache"}}
         exclude: dict[str, Any] = {"out": True, "expected": True, **without}
         settings = self.model_dump(mode="json", exclude=exclude)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
+        counted = {}
+        for name, value in settings.items():
+            if name in _FIRST_KEYS:
+                counts = _FIRST_KEYS[name] | changed.get(name, {}).keys()
+                counted[name] = {key: value[key] for key in value if key in counts}
+            elif name in {"recipe", "method"}:
+                counted[name] = value
+            elif name in changed:
+                counted[name] = changed[name]
+        return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# The keys of version 0.1 by section, which always count in the hash, as the method's do. Another,
+# which came later, counts only where it is not its default, so that earlier runs keep their hash.
+_FIRST_KEYS: dict[str, set[str]] = {
+    "backbone": {"name", "checkpoint"},
+    "data": {
+        *("name", "root", "shots", "shots_per", "calibration", "sampling", "seed", "split"),
+        *("classes", "templates", "augment", "windows"),
+    },
+    "train": {
+        *("epochs", "min_steps", "batch_size", "optimizer", "lr", "weight_decay", "momentum"),
+        *("schedule", "warmup_epochs", "warmup_lr", "loss", "precision", "folds", "views", "seed"),
+    },
+    "decision": {"temperature", "sensitivity", "specificity", "alpha", "coverage"},
+    "engine": {"exact_tokens", "compile", "checkpointing"},
+}
 
 
 class SuiteConfig(Strict):

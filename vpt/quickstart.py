@@ -15,12 +15,12 @@ from rich.table import Table
 from vpt import artifact
 from vpt.config import RunConfig, load_run
 from vpt.data.fewshot import split_data
-from vpt.data.loaders import make_loader
 from vpt.data.sources import open_source
-from vpt.engine.evaluate import EVAL_BATCH, confusion, predict
+from vpt.engine.evaluate import confusion, outputs
 from vpt.engine.figures import save
+from vpt.engine.folder import RunFolder
 from vpt.engine.lettering import labels as shown
-from vpt.engine.run import RunFolder, run
+from vpt.engine.run import run
 
 METHODS = {  # run configuration digits_… → what the table calls it
     "zero_shot": "hand-written prompt (zero-shot)",
@@ -93,8 +93,7 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
     predictions = {}
     for config in (before, after):
         model = artifact.load(RunFolder(config.out).prompt)
-        loader = make_loader(split.test, model.backbone.preprocess, EVAL_BATCH)
-        predictions[config.method.name], labels = predict(model, loader)
+        predictions[config.method.name], labels = outputs(model, split.test)
     names = shown(model.class_names)
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")

@@ -17,6 +17,7 @@ from vpt.engine.crossval import training_helps
 from vpt.engine.evaluate import predict
 from vpt.engine.training_set import TrainingSet
 from vpt.errors import InputError
+from vpt.losses.class_balanced import ClassBalanced
 from vpt.targets.multiclass import Multiclass
 
 
@@ -94,14 +95,19 @@ def test_balanced_classes_count_alike():
 
 def test_the_loss_is_of_all_images_after_the_folds(monkeypatch):
     monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
-    data = samples([0] * 16 + [1] * 8)
     model = vpt.attach(tiny.vit(), num_classes=2)
-    config = {"epochs": 1, "loss": "class_balanced"}
-    vpt.fit(model, loader(model, data), config={**config, "folds": 3})
-    logits, labels = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
-    actual = model.criterion(logits, labels)
-    vpt.fit(model, loader(model, data), config=config)
-    assert actual == model.criterion(logits, labels)
+    used, real = [], model.step
+
+    def spy(batch, loss):
+        used.append(loss.log_weights)
+        return real(batch, loss)
+
+    model.step = spy
+    config = {"epochs": 1, "loss": "class_balanced", "folds": 3}
+    vpt.fit(model, loader(model, samples([0] * 16 + [1] * 8)), config=config)
+    weights = ClassBalanced(model.target, lambda: torch.tensor([16, 8])).log_weights
+    assert torch.equal(used[-1], weights)
+    assert not torch.equal(used[0], weights)
 
 
 def test_a_resumed_fit_is_not_judged_again(tmp_path, monkeypatch):
@@ -174,7 +180,7 @@ def test_multilabel():
 
 def answers(first, trained, labels):
     """As `judge`, of these answers to images with these labels: before training, and after."""
-    model = vpt.attach(tiny.vit(), num_classes=first.shape[1])
+    model = vpt.attach(tiny.vit(), num_classes=first.shape[1], multilabel=labels.ndim == 2)
     data = samples(labels)
     logits = {
         name: row for name, row in zip(data.names, zip(first, trained, strict=True), strict=True)

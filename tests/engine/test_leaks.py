@@ -46,8 +46,8 @@ def test_fit_starts_from_the_images_of_the_sampler_alone():
     model = vpt.attach(vit(), "vpt_deep", num_classes=3)
     seen = []
 
-    def before_epoch(epoch, epochs, batches, features):
-        seen.extend([sum(len(labels) for _, labels in batches), len(features()[1])])
+    def before_epoch(at):
+        seen.extend([sum(len(batch.labels) for batch in at.batches), len(at.features().labels)])
 
     model.before_epoch = before_epoch
     vpt.fit(model, loader, config={"epochs": 1})

@@ -22,8 +22,8 @@ from vpt.engine.figures import (
     draw_roc,
     save,
 )
+from vpt.engine.folder import RunFolder
 from vpt.engine.lettering import labels, legend, letter
-from vpt.engine.run import RunFolder
 from vpt.explain import explain_images
 from vpt.report.figures import draw_figures
 

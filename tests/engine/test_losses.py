@@ -4,32 +4,35 @@ import math
 
 import pytest
 import torch
+from hooks import epoch
 from tiny import images, vit
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
-from vpt.engine.losses import BETA, log_class_weights, make_criterion
+from vpt import losses
 from vpt.errors import InputError
+from vpt.losses.class_balanced import BETA
+from vpt.targets.multiclass import Multiclass
 
 COUNTS = torch.tensor([900, 100])
 LOGITS = torch.tensor([[2.0, 0.5], [0.3, 0.1], [-1.0, 1.0]])
 LABELS = torch.tensor([0, 1, 1])
 
 
-def criterion(name, counts):
-    return make_criterion(name, log_class_weights(name, counts))
+def make(name, counts):
+    return losses.find(name)(Multiclass(), lambda: counts)
 
 
 def test_logit_adjustment_by_hand():
-    loss = criterion("logit_adjusted", COUNTS)(LOGITS, LABELS)
+    loss = make("logit_adjusted", COUNTS)(LOGITS, LABELS)
     adjusted = LOGITS + torch.tensor([math.log(0.9), math.log(0.1)])
     expected = -torch.stack([adjusted.softmax(1)[i, y].log() for i, y in enumerate(LABELS)]).mean()
     assert loss.item() == pytest.approx(expected.item())
 
 
 def test_class_balance_by_hand():
-    loss = criterion("class_balanced", COUNTS)(LOGITS, LABELS)
+    loss = make("class_balanced", COUNTS)(LOGITS, LABELS)
     effective = [(1 - BETA**n) / (1 - BETA) for n in (900, 100)]
     weights = [2 / effective[y] / sum(1 / n for n in effective) for y in (0, 1)]
     losses = F.cross_entropy(LOGITS, LABELS, reduction="none")
@@ -40,13 +43,13 @@ def test_class_balance_by_hand():
 
 @pytest.mark.parametrize("name", ["logit_adjusted", "class_balanced"])
 def test_equal_classes_are_plain_cross_entropy(name):
-    loss = criterion(name, torch.tensor([50, 50]))(LOGITS, LABELS)
+    loss = make(name, torch.tensor([50, 50]))(LOGITS, LABELS)
     assert loss.item() == pytest.approx(F.cross_entropy(LOGITS, LABELS).item())
 
 
 @pytest.mark.parametrize("name", ["logit_adjusted", "class_balanced"])
 def test_a_class_without_images_breaks_nothing(name):
-    loss = criterion(name, torch.tensor([3, 0]))(LOGITS, torch.zeros(3, dtype=torch.long))
+    loss = make(name, torch.tensor([3, 0]))(LOGITS, torch.zeros(3, dtype=torch.long))
     assert loss.isfinite()
 
 
@@ -73,14 +76,18 @@ def test_the_rare_class_is_found_more_often():
 def test_a_later_fit_has_its_own_loss():
     data = DataLoader(TensorDataset(images(8), (torch.arange(8) < 2).long()), 8)
     model = vpt.attach(vit(), "vpt_deep", num_classes=2)
-    logits, labels = torch.randn(2, 2), torch.tensor([0, 1])
-    losses = []
+    used, real = [], model.step
+
+    def spy(batch, loss):
+        used.append(loss)
+        return real(batch, loss)
+
+    model.step = spy
     for loss in ("logit_adjusted", "cross_entropy"):
         vpt.fit(model, data, config={"epochs": 1, "loss": loss})
-        losses.append(model.criterion(logits, labels).item())
-    assert losses[1] == pytest.approx(F.cross_entropy(logits, labels).item())
-    assert losses[0] != pytest.approx(losses[1], abs=1e-3)
-    assert model.log_weights is None
+    assert [loss.name for loss in used] == ["logit_adjusted", "cross_entropy"]
+    torch.testing.assert_close(used[0].log_weights, -torch.tensor([0.75, 0.25]).double().log())
+    assert used[1].log_weights is None
 
 
 @pytest.mark.parametrize("loss", ["class_balanced", "logit_adjusted"])
@@ -89,19 +96,19 @@ def test_the_linear_probe_to_start_from_weighs_the_classes_as_the_loss_does(loss
     model = vpt.attach(vit(), "vpt_deep", num_classes=2, gated=True, head=head)
     labels, folds = (torch.arange(40) < 4).long(), torch.arange(40) % 5
     features = torch.randn(40, 32) + 2 * labels[:, None]
-    seen = (features, labels, folds) if head == "crossfit" else (features, labels)
-    biases = []
-    for model.log_weights in (None, log_class_weights(loss, labels.bincount())):
-        model.before_epoch(0, 1, [], lambda: seen)
+    splits = folds if head == "crossfit" else None
+    made, biases = make(loss, labels.bincount()), []
+    for used in (None, made):
+        model.before_epoch(epoch(model, features, labels, splits, loss=used))
         biases.append([model.head.bias.clone(), getattr(model, "fold_biases", torch.zeros(2))])
-    shift = model.log_weights.float()
+    shift = made.log_weights.float()
     torch.testing.assert_close(biases[1][0] - biases[0][0], shift)
     if head == "crossfit":
         torch.testing.assert_close(biases[1][1] - biases[0][1], shift.expand(6, 2))
 
 
 def test_where_they_do_not_apply():
-    with pytest.raises(InputError, match="linear_probe is solved without it"):
+    with pytest.raises(InputError, match="linear_probe is fitted without it"):
         fit("logit_adjusted", "linear_probe")
     with pytest.raises(InputError, match="multilabel data has cross_entropy only"):
         fit("class_balanced", labels=torch.ones(40, 2))

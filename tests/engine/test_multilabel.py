@@ -192,7 +192,7 @@ def test_chestmnist_has_fourteen_findings(tmp_path, monkeypatch):
         ("linear_probe", "decision.alpha=0.1", "need data with one class an image"),
         ("linear_probe", "decision.coverage=0.9", "need data with one class an image"),
         ("vpt_deep", "train.loss=class_balanced", "multilabel data has cross_entropy only"),
-        ("linear_probe", "train.loss=logit_adjusted", "linear_probe is solved without it"),
+        ("linear_probe", "train.loss=logit_adjusted", "linear_probe is fitted without it"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_file(tmp_path, npz, method, setting, said):

@@ -6,7 +6,7 @@ import pytest
 from golden_case import golden_json
 
 from vpt.config import TrainConfig
-from vpt.engine.train import learning_rate
+from vpt.engine.epochs import learning_rate
 
 
 def check(config, expected):
@@ -17,7 +17,7 @@ def check(config, expected):
 @pytest.mark.parametrize("case", golden_json("schedule_vpt")["cases"], ids=str)
 def test_vpt(case):
     config = TrainConfig(
-        schedule="cosine",
+        schedule=case["scheduler"],
         lr=case["base_lr"],
         epochs=case["total_epochs"],
         warmup_epochs=case["warmup_epochs"],

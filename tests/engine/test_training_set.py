@@ -63,8 +63,8 @@ def test_an_image_has_the_same_number_in_every_epoch(name):
     expected = dict(zip(keys(IMAGES[4:]), range(20), strict=True))
     for loader in images.numbered(np.arange(20), other=99):
         for _ in range(2):
-            for batch, _, numbers in loader:
-                assert [expected[key] for key in keys(batch)] == numbers.tolist()
+            for batch, numbers in loader:
+                assert [expected[key] for key in keys(batch.inputs)] == numbers.tolist()
 
 
 def test_images_that_are_never_seen_have_the_other_number():
@@ -77,10 +77,10 @@ def test_images_first_drawn_later_are_by_a_head_that_has_not_seen_them():
     loader = DataLoader(PAIRS, 6, sampler=WeightedRandomSampler([1.0] * 24, 12))
     images = TrainingSet(loader, Multiclass())
     numbered, plain = images.numbered(np.zeros(len(images.labels), int), other=99)
-    solved = {key for batch, *_ in plain for key in keys(batch)}
+    solved = {key for batch, _ in plain for key in keys(batch.inputs)}
     for _ in range(5):
-        for batch, _, numbers in numbered:
-            assert [key in solved for key in keys(batch)] == (numbers == 0).tolist()
+        for batch, numbers in numbered:
+            assert [key in solved for key in keys(batch.inputs)] == (numbers == 0).tolist()
 
 
 def test_the_result_is_the_same_whatever_was_drawn_before():
@@ -178,14 +178,15 @@ def test_the_recipe_on_ones_own_loader(name):
     assert options == {"num_tokens": 10, "gated": True, "head": "crossfit"}
     assert config.folds == 3
     model = vpt.attach(tiny.vit(), "vpt_deep", num_classes=3, **options)
-    seen, lines, real = set(), [], model.loss
+    seen, lines, real = set(), [], model.step
 
-    def spy(images, labels, folds):
-        seen.update(zip(keys(images), folds.tolist(), strict=True))
-        return real(images, labels, folds)
+    def spy(batch, loss):
+        splits = batch.columns["split"].tolist()
+        seen.update(zip(keys(batch.inputs), splits, strict=True))
+        return real(batch, loss)
 
     config = config.model_copy(update={"epochs": 2, "min_steps": 0, "folds": None})
-    model.loss = spy
+    model.step = spy
     vpt.fit(model, loaders()[name], config=config)
     assert {key for key, _ in seen} == set(keys(IMAGES[4:]))  # and never the four left out
     assert len(seen) == 20  # an image's fold is the same in both epochs

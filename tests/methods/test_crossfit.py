@@ -1,5 +1,6 @@
 """Heads that have not seen the image whose loss they give."""
 
+import hooks
 import numpy as np
 import pytest
 import tiny
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 import vpt
 from vpt.engine.accelerator import make_accelerator
 from vpt.engine.features import image_features
+from vpt.engine.training_set import Batches
 from vpt.errors import InputError
+from vpt.losses.cross_entropy import CrossEntropy
+from vpt.methods.base import Batch
 from vpt.methods.linear_probe import FOLDS, solve_head
 
 LABELS = torch.arange(30) % 3
@@ -33,7 +37,7 @@ def solved(method, rest):
 
 
 def prepare(method, folds, epoch=0):
-    method.before_epoch(epoch, 2, [], lambda: (features(), LABELS, folds))
+    method.before_epoch(hooks.epoch(method, features(), LABELS, folds, number=epoch))
 
 
 def test_each_fold_has_the_probe_of_the_other_folds():
@@ -59,9 +63,10 @@ def test_the_loss_of_an_image_is_by_the_head_of_its_fold():
             for x, fold in zip(seen, held, strict=True)
         ]
     )
-    loss, logits = method.loss(inputs, labels, held)
+    loss = CrossEntropy(method.target)
+    total, logits, _ = method.step(Batch(inputs, labels, {"split": held}), loss)
     torch.testing.assert_close(logits, expected)
-    torch.testing.assert_close(loss, F.cross_entropy(expected, labels))
+    torch.testing.assert_close(total, F.cross_entropy(expected, labels))
     torch.testing.assert_close(method.loss(inputs, labels)[1], method(inputs))
 
 
@@ -85,14 +90,14 @@ def test_every_image_comes_with_its_own_fold():
     seen, data = [], samples(np.arange(24) % 2, [f"p{index // 2}" for index in range(24)])
     method = vpt.attach(tiny.vit(), "vpt_deep", num_classes=2, gated=True, head="crossfit")
     by_image = {}
-    real = method.loss
+    real = method.step
 
-    def spy(images, labels, folds):
-        for image, fold in zip(images, folds, strict=True):
+    def spy(batch, loss):
+        for image, fold in zip(batch.inputs, batch.columns["split"], strict=True):
             seen.append((image.sum().item(), fold.item()))
-        return real(images, labels, folds)
+        return real(batch, loss)
 
-    method.loss = spy
+    method.step = spy
     images = loader(method, data, workers=1)
     vpt.fit(method, images, config={"epochs": 2})
     for key, fold in seen:
@@ -132,7 +137,8 @@ def test_heads_are_solved_anew_before_each_epoch_and_no_step_moves_them():
     assert torch.equal(heads[1], heads[2])
     assert not torch.equal(heads[2], heads[3])
     assert not torch.equal(heads[3], method.head.weight)  # solved once more after the last step
-    seen, labels = image_features(method, _in_order(method, data), make_accelerator("fp32"))
+    batches = Batches(_in_order(method, data))
+    seen, labels, *_ = image_features(method, batches, make_accelerator("fp32"))
     expected = nn.Linear(32, 3)
     solve_head(expected, method.target, seen, labels, method.penalties)
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)
@@ -179,13 +185,14 @@ def test_prompts_are_pruned_before_the_heads_are_solved():
 
     def seen():
         with torch.no_grad():
-            return method.features(inputs), LABELS, folds
+            return method.features(inputs)
 
     inputs = tiny.images(30)
     method.mask.fill_(1)
-    method.before_epoch(1, 2, [(inputs, LABELS, folds)], seen)
+    batches = [Batch(inputs, LABELS, {"split": folds})]
+    method.before_epoch(hooks.epoch(method, seen, LABELS, folds, number=1, batches=batches))
     expected = nn.Linear(32, 3)
-    solve_head(expected, method.target, *seen()[:2], method.penalties)
+    solve_head(expected, method.target, seen(), LABELS, method.penalties)
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)
     assert not method.mask.all()
 
@@ -203,9 +210,8 @@ def test_heads_are_solved_on_images_without_augmentation():
     method = model()
     images = loader(method, samples(LABELS.numpy()), augment="crop_flip")
     vpt.fit(method, images, config={"epochs": 1})
-    seen, labels = image_features(
-        method, _in_order(method, images.dataset.samples), make_accelerator("fp32")
-    )
+    batches = Batches(_in_order(method, images.dataset.samples))
+    seen, labels, *_ = image_features(method, batches, make_accelerator("fp32"))
     expected = nn.Linear(32, 3)
     solve_head(expected, method.target, seen, labels, method.penalties)
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from families import MODELS
+from hooks import epoch
 from timm.models.vision_transformer import ResPostBlock
 from tiny import clip, images, pairs, perturb, solved, vit
 from torch import nn
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
 from vpt.errors import InputError
+from vpt.losses.cross_entropy import CrossEntropy
+from vpt.methods.base import Batch
 
 LABELS = torch.tensor([0, 1, 2, 2, 0, 1, 1])
 
@@ -33,7 +36,10 @@ def loader():
 def start(model, batches):
     """The first thing that `fit` does."""
     data = torch.cat([inputs for inputs, _ in batches]), LABELS
-    model.before_epoch(0, 2, batches, lambda: (model.features(data[0]).detach(), data[1]))
+    named = [Batch(*batch) for batch in batches]
+    model.before_epoch(
+        epoch(model, lambda: model.features(data[0]).detach(), data[1], batches=named)
+    )
 
 
 KINDS = {"vit": vit, "clip": clip}
@@ -181,7 +187,7 @@ class TestKVPrompts:
             for token in range(5):
                 expected[layer, token, segments[layer, token].argmin()] = 0
             expected[layer, tokens[layer].argsort()[:2]] = 0
-        model.prune(loader())
+        model.prune(map(Batch.of, loader()), CrossEntropy(model.target))
         assert torch.equal(model.mask, expected)
         assert not model.mask.requires_grad
         pruned = model.layer_prompts() == 0
@@ -246,7 +252,7 @@ class TestSelfPrompts:
         probe.solve(model.features(images(7)).detach(), LABELS)
         close(model.head.weight, probe.head.weight, 1e-4)
         resumed = model.prompts.clone()
-        model.before_epoch(1, 2, batches, lambda: None)
+        model.before_epoch(epoch(model, None, LABELS, number=1))
         assert torch.equal(model.prompts, resumed)
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from golden_case import Case, assert_close, golden_json
+from golden_case import Case, assert_close, cases, golden_json
 from timm.models.vision_transformer import VisionTransformer
 
 import vpt
@@ -12,18 +12,15 @@ from vpt.config import TrainConfig
 from vpt.engine.train import make_optimizer
 from vpt.methods.base import Head
 
-VPT = {
-    "vpt_shallow": ("vpt_shallow", {}),
-    "vpt_deep": ("vpt_deep", {}),
-    "vpt_deep_project": ("vpt_deep", {"project": 10}),
-}
-COOP = {
-    "coop_end": {"position": "end"},
-    "coop_front": {"position": "front"},
-    "coop_middle": {"position": "middle"},
-    "coop_csc": {"class_specific": True},
-}
-JOINT = ["ivlp", "maple", "vpt_clip"]
+# every size, option and word is from a case's sidecar, so another variant may take its place
+VPT = cases("src/models/vit_prompt/vit.py")
+COOP = cases("trainers/coop.py")
+COCOOP = cases("trainers/cocoop.py")
+JOINT = [
+    *cases("trainers/independentVL.py"),
+    *cases("trainers/maple.py"),
+    *cases("trainers/vpt.py"),
+]
 
 
 def vpt_tensors(case, prefix):
@@ -36,13 +33,14 @@ def vpt_tensors(case, prefix):
 
 def vpt_model(name):
     case = Case(name)
-    method, options = VPT[name]
+    prompt = case.config["prompt"]
     model = vpt.attach(
         case.backbone(),
-        method,
+        "vpt_deep" if prompt["deep"] else "vpt_shallow",
         num_classes=case.config["num_classes"],
-        num_tokens=case.config["prompt"]["num_tokens"],
-        **options,
+        num_tokens=prompt["num_tokens"],
+        project=None if prompt["project"] == -1 else prompt["project"],
+        dropout=prompt["dropout"],
     )
     model.load_state_dict(vpt_tensors(case, "init."), strict=False)
     return case, model
@@ -50,12 +48,15 @@ def vpt_model(name):
 
 def coop_model(name):
     case = Case(name)
+    prompt = case.config["prompt"]
     model = vpt.attach(
         case.backbone(),
         "coop",
         class_names=case.config["classnames"],
-        num_tokens=case.config["prompt"]["n_ctx"],
-        **COOP[name],
+        num_tokens=prompt["n_ctx"],
+        init=prompt["ctx_init"] or None,
+        position=prompt["class_token_position"],
+        class_specific=prompt["class_specific"],
     )
     model.load_state_dict({"context": case["init.ctx"]}, strict=False)
     return case, model
@@ -65,15 +66,15 @@ def joint_model(name):
     """IVLP, MaPLe or VPT on CLIP (IVLP with a fixed text) at the start of its case."""
     case = Case(name)
     prompt = case.config["prompt"]
-    options = {"init": prompt["ctx_init"]}
-    if name == "maple":
+    options = {"init": prompt["ctx_init"] or None}
+    if "prompt_depth" in prompt:
         options |= {"num_tokens": prompt["n_ctx"], "depth": prompt["prompt_depth"]}
     else:
         options["num_image_tokens"] = prompt["n_ctx_vision"]
         options["image_depth"] = prompt["depth_vision"]
         options["text_depth"] = prompt.get("depth_text", 0)
         options["num_tokens"] = prompt.get("n_ctx_text", 1)
-    method = "maple" if name == "maple" else "ivlp"
+    method = "maple" if "prompt_depth" in prompt else "ivlp"
     names = case.config["classnames"]
     model = vpt.attach(case.backbone(), method, class_names=names, **options)
     init = joint_tensors(case, "init.")
@@ -102,7 +103,8 @@ def check_training(case, model, grads, final):
     """Loss, gradients and five optimiser steps on one batch."""
     settings = case.config["optimiser"]
     config = TrainConfig(
-        optimizer="sgd", lr=settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"]
+        optimizer=settings["type"].lower(),
+        **{key: settings[key] for key in ("lr", "momentum", "weight_decay")},
     )
     optimizer = make_optimizer(model, config)
     model.train()
@@ -142,9 +144,9 @@ def test_coop(name, exact_tokens):
     length = model.tokens.shape[1]
     assert torch.equal(model.tokens, case["input.tokens"][:, :length])
     assert not case["input.tokens"][:, length:].any()
-    embeddings = case["expected.prompt_embeddings"]  # of the first two classes
-    shown = min(length, embeddings.shape[1])
-    assert_close(model.prompt_embeddings(model.context)[:2, :shown], embeddings[:, :shown])
+    embeddings = case["expected.prompt_embeddings"]  # of the first classes
+    count, shown = len(embeddings), min(length, embeddings.shape[1])
+    assert_close(model.prompt_embeddings(model.context)[:count, :shown], embeddings[:, :shown])
     normalized = torch.nn.functional.normalize(model.text_features(), dim=-1)
     assert_close(normalized, case["expected.text_features"])
     assert_close(model(case["input.images"]), case["expected.logits"])
@@ -152,12 +154,16 @@ def test_coop(name, exact_tokens):
 
 
 @pytest.mark.parametrize("exact_tokens", [False, True])
-def test_cocoop(exact_tokens):
-    case = Case("cocoop")
+@pytest.mark.parametrize("name", COCOOP)
+def test_cocoop(name, exact_tokens):
+    case = Case(name)
+    prompt = case.config["prompt"]
+    words = {"num_tokens": prompt["n_ctx"], "init": prompt["ctx_init"] or None}
     names = case.config["classnames"]
-    model = vpt.attach(case.backbone(), "cocoop", class_names=names, init="a photo of a")
+    model = vpt.attach(case.backbone(), "cocoop", class_names=names, **words)
     init, grads, final = (_cocoop_tensors(case, part) for part in ("init.", "grad.", "final."))
-    assert_close(model.context, init["context"])
+    if words["init"]:
+        assert_close(model.context, init["context"])
     model.load_state_dict(init, strict=False)
     model.backbone.exact_tokens = exact_tokens
     features = torch.nn.functional.normalize(model.features(case["input.images"]), dim=-1)

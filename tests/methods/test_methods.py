@@ -15,6 +15,8 @@ from tiny import NAMES, attach, clip, images, pairs, solved, vit
 import vpt
 from vpt import methods
 from vpt.errors import InputError
+from vpt.losses.cross_entropy import CrossEntropy
+from vpt.methods.base import Batch
 from vpt.methods.linear_probe import PENALTIES
 
 BACKBONES = {
@@ -129,7 +131,8 @@ class TestEveryMethod:
         assert loss.item() == pytest.approx(
             torch.nn.functional.cross_entropy(model(inputs), LABELS).item(), rel=1e-5
         )
-        from_features, again = model.feature_loss(model.features(inputs), LABELS)
+        cached = Batch(model.features(inputs), LABELS, cached=True)
+        from_features, again, _ = model.step(cached, CrossEntropy(model.target))
         close(from_features, loss)
         close(again, logits)
 

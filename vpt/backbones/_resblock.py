@@ -4,15 +4,19 @@ from functools import partial
 
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vpt.backbones import _attention
+from vpt.backbones._known import is_exactly
 from vpt.backbones.base import LayerPrompts
 
 
 def is_plain(block: nn.Module) -> bool:
     """Whether `attend` is this block's forward."""
     return (
-        type(block) is ResidualAttentionBlock
+        is_exactly(block, ResidualAttentionBlock)
+        and is_exactly(block.attn, nn.MultiheadAttention)
+        and is_exactly(block.attn.out_proj, NonDynamicallyQuantizableLinear)
         and block.attn.batch_first
         and block.attn.in_proj_weight is not None
         and not hasattr(block, "ln_1_kv")

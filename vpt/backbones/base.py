@@ -45,6 +45,8 @@ def share(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
     memo |= {id(buffer): buffer for buffer in model.buffers()}
+    for module in model.modules():  # a pruned weight is computed anew at each pass
+        memo |= {id(v): v.detach() for v in vars(module).values() if isinstance(v, Tensor)}
     return copy.deepcopy(model, memo).eval()
 
 
@@ -64,7 +66,8 @@ class Backbone(nn.Module):
     preprocess: Preprocess
     readout_tokens: int | None = None  # how many leading tokens `pool` reads; None: all
     appends_prompts = False  # True: blocks know each token's place, so prompts stand after all
-    knows_rows = False  # whether `block` and `rows` are spelled for this model's blocks
+    knows_rows = False  # True: `block` and `rows` are spelled for this model's blocks
+    runs_blocks = True  # False: the family's own blocks take no further tokens
     exact_tokens = False  # True: prompts always take the plain path, as tokens
     checkpointing = False  # True: blocks run again in the backward pass, nothing inside is kept
 
@@ -79,6 +82,18 @@ class Backbone(nn.Module):
     def fits(model: nn.Module) -> bool:
         """Whether `model` belongs to this family."""
         raise NotImplementedError
+
+    def require_known(self) -> None:
+        """Refuse changed blocks where prompts can't run through the blocks themselves.
+
+        Raises:
+            InputError: a subclass, a hook, LoRA or another change in a block of such a family.
+        """
+        if not (self.runs_blocks or self.knows_rows):
+            raise InputError(
+                f"{type(self.model).__name__} has blocks that are changed (a hook, LoRA, a class "
+                "of one's own), which this family can't run with prompts: give the model without"
+            )
 
     @property
     def image_tower(self) -> nn.Module:
@@ -140,6 +155,10 @@ class Backbone(nn.Module):
 
     def rows(self, index: int, prompts: Tensor) -> Rows:
         """Keys and values of prompts (P, width) or (B, P, width) in block `index`."""
+        raise NotImplementedError
+
+    def own_features(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) by the model's own forward."""
         raise NotImplementedError
 
     def input_norm(self, prompts: Tensor) -> Tensor:
@@ -306,9 +325,29 @@ class Backbone(nn.Module):
         """
         size = self.preprocess.image_size
         if size not in self._answers:
-            waves = torch.arange(3.0 * size * size).sin().view(1, 3, size, size)
-            self._answers[size] = self(waves.to(next(self.model.parameters())))[0, :16].tolist()
+            self._answers[size] = self(self._waves())[0, :16].tolist()
         return self._answers[size]
+
+    @torch.no_grad()
+    def check_features(self) -> None:
+        """Compare features of a fixed image with the model's own.
+
+        Raises:
+            InputError: they differ, so something in the model does what its family does not.
+        """
+        waves = self._waves()
+        features, own = self(waves), self.own_features(waves)
+        if features.shape != own.shape or (features - own).norm() > 1e-3 * own.norm():
+            raise InputError(
+                f"{type(self.model).__name__} gives other features than a {self.family} of its "
+                "weights: something in it was changed (a forward, a hook): give the model without"
+            )
+        self._answers[self.preprocess.image_size] = features[0, :16].tolist()
+
+    def _waves(self) -> Tensor:
+        size = self.preprocess.image_size
+        waves = torch.arange(3.0 * size * size).sin().view(1, 3, size, size)
+        return waves.to(next(self.model.parameters()))
 
     def identity(self) -> dict[str, Any]:
         """What an artefact knows its backbone by: `fingerprint` and `answer`."""

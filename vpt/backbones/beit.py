@@ -3,11 +3,12 @@
 from functools import partial
 
 import torch
-from timm.models.beit import Beit
+from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, project, query_key_value
+from vpt.backbones._known import is_exactly
 from vpt.backbones.base import LayerPrompts, Rows
 
 
@@ -16,6 +17,7 @@ class Adapter(vit.Adapter):
 
     family = "timm Beit"
     appends_prompts = True
+    runs_blocks = False
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -24,8 +26,9 @@ class Adapter(vit.Adapter):
 
     @staticmethod
     def is_known(block: nn.Module) -> bool:
-        """All blocks of this family."""
-        return True
+        """The family's own block and attention."""
+        known = is_exactly(block, Block) and is_exactly(block.attn, Attention)
+        return known and is_exactly(block.attn.qkv, nn.Linear)
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch embedding, class token, position embedding where the model has one."""

@@ -104,6 +104,10 @@ class Adapter(Backbone):
         """Keys and values of prompts in a block of the image tower."""
         return self.tower.rows(index, prompts)
 
+    def own_features(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) by the model's own forward."""
+        return self.model.encode_image(images, normalize=False)
+
     def input_norm(self, prompts: Tensor) -> Tensor:
         """The image tower's."""
         return self.tower.input_norm(prompts)

@@ -6,11 +6,12 @@ from functools import partial
 import torch
 from timm.layers import apply_rot_embed_cat
 from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
-from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.eva import AttentionRope, Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, project, query_key_value
+from vpt.backbones._known import is_exactly
 from vpt.backbones.base import LayerPrompts
 
 
@@ -31,8 +32,11 @@ class Adapter(vit.Adapter):
     @staticmethod
     def is_known(block: nn.Module) -> bool:
         """A pre-norm block whose attention is neither gated nor of grouped heads."""
-        gate, groups = getattr(block.attn, "gate", None), getattr(block.attn, "num_kv_groups", 1)
-        return type(block) is EvaBlock and gate is None and groups == 1
+        attn = block.attn
+        known = is_exactly(block, EvaBlock) and is_exactly(attn, EvaAttention, AttentionRope)
+        plain = getattr(attn, "gate", None) is None and getattr(attn, "num_kv_groups", 1) == 1
+        # of one projection the weights are read; three are called
+        return known and plain and (attn.qkv is None or is_exactly(attn.qkv, nn.Linear))
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch embedding, class and register tokens, position embedding, `norm_pre`."""

@@ -55,6 +55,11 @@ class Adapter(Backbone):
         block = self.model.transformer.resblocks[index]
         return Rows(*project(block, prompts.view(-1, *prompts.shape[-2:]), slice(1, 3)))
 
+    def own_features(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) by the model's own forward."""
+        outputs = self.model(images)
+        return outputs[0] if self.model.output_tokens else outputs
+
     def input_norm(self, prompts: Tensor) -> Tensor:
         """`ln_pre`."""
         return self.model.ln_pre(prompts)

@@ -3,11 +3,16 @@
 from functools import partial
 
 import torch
-from timm.models.vision_transformer_relpos import RelPosBlock, VisionTransformerRelPos
+from timm.models.vision_transformer_relpos import (
+    RelPosAttention,
+    RelPosBlock,
+    VisionTransformerRelPos,
+)
 from torch import Tensor, nn
 
 from vpt.backbones import vit
 from vpt.backbones._attention import attend, query_key_value
+from vpt.backbones._known import is_exactly
 from vpt.backbones.base import LayerPrompts
 
 
@@ -16,6 +21,7 @@ class Adapter(vit.Adapter):
 
     family = "timm VisionTransformerRelPos (pre-norm)"
     appends_prompts = True
+    runs_blocks = False
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -26,8 +32,9 @@ class Adapter(vit.Adapter):
 
     @staticmethod
     def is_known(block: nn.Module) -> bool:
-        """All blocks of this family."""
-        return True
+        """The family's own block and attention."""
+        known = is_exactly(block, RelPosBlock) and is_exactly(block.attn, RelPosAttention)
+        return known and is_exactly(block.attn.qkv, nn.Linear)
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch embedding, class token where the model has one."""

@@ -3,12 +3,20 @@
 import math
 
 import torch
-from timm.models.swin_transformer import SwinTransformer, window_partition, window_reverse
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    WindowAttention,
+    window_partition,
+    window_reverse,
+)
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpt.backbones._attention import attend, project
+from vpt.backbones._known import is_exactly
 from vpt.backbones.base import Backbone, LayerPrompts, Rows
 from vpt.backbones.vit import hub_config
 from vpt.data.transforms import Preprocess
@@ -25,7 +33,7 @@ class Adapter(Backbone):
 
     family = "timm SwinTransformer, SwinTransformerV2"
     appends_prompts = True
-    knows_rows = True
+    runs_blocks = False
     num_prefix_tokens = 0
 
     def __init__(self, model: SwinTransformer | SwinTransformerV2) -> None:
@@ -38,6 +46,8 @@ class Adapter(Backbone):
         self.feature_dim = model.num_features
         self.preprocess = Preprocess.from_timm(model)
         self.config = hub_config(model)
+        self.knows_rows = all(map(_is_known, self.blocks))
+        self.require_known()
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -104,6 +114,10 @@ class Adapter(Backbone):
         )
         return Rows(F.normalize(key, dim=-1) if self.is_v2 else key, value)
 
+    def own_features(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) by the model's own forward."""
+        return self.model(images)
+
     def final_norm(self, tokens: Tensor) -> Tensor:
         """The model's `norm`."""
         return self.model.norm(tokens)
@@ -143,6 +157,12 @@ class Adapter(Backbone):
         patches = torch.roll(patches[:, :height, :width], block.shift_size, dims=(1, 2))
         flowing = x[:, area:].unflatten(0, (batch, count)).mean(1)
         return torch.cat([patches.flatten(1, 2), flowing], 1)
+
+
+def _is_known(block: nn.Module) -> bool:
+    kinds = (SwinTransformerBlock, WindowAttention), (SwinTransformerV2Block, WindowAttentionV2)
+    known = any(is_exactly(block, one) and is_exactly(block.attn, two) for one, two in kinds)
+    return known and is_exactly(block.attn.qkv, nn.Linear)
 
 
 def _project(attn: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:

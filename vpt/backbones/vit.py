@@ -8,6 +8,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vpt.backbones._attention import attend, project, query_key_value
+from vpt.backbones._known import is_exactly
 from vpt.backbones.base import Backbone, LayerPrompts, Rows
 from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
@@ -35,6 +36,7 @@ class Adapter(Backbone):
         self.readout_tokens = 1 if model.global_pool == "token" else None
         self.config = hub_config(model)
         self.knows_rows = all(self.is_known(block) for block in model.blocks)
+        self.require_known()
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -48,10 +50,10 @@ class Adapter(Backbone):
     @staticmethod
     def is_known(block: nn.Module) -> bool:
         """Whether `block` below spells this block's forward."""
-        # an attention that gates its output is another forward
         attn = getattr(block, "attn", None)
-        plain = type(block) is Block and type(attn) is Attention
-        return plain and getattr(attn, "gate", None) is None
+        known = is_exactly(block, Block) and is_exactly(attn, Attention)
+        # an attention that gates its output is another forward
+        return known and is_exactly(attn.qkv, nn.Linear) and getattr(attn, "gate", None) is None
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch embedding, class and register tokens, position embedding, `norm_pre`."""
@@ -88,6 +90,11 @@ class Adapter(Backbone):
         key, value = self.qkv(block, prompts, slice(1, 3))
         return Rows(block.attn.k_norm(key), value)
 
+    def own_features(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) by the model's own forward."""
+        outputs = self.model(images)
+        return outputs if self.model.global_pool else self._beside(outputs)
+
     def final_norm(self, tokens: Tensor) -> Tensor:
         """The model's `norm`."""
         return self.model.norm(tokens)
@@ -95,10 +102,11 @@ class Adapter(Backbone):
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, then the model's own pooling."""
         tokens = self.final_norm(tokens)
-        if not self.model.global_pool:
-            patches = tokens[:, self.num_prefix_tokens :]
-            return torch.cat([tokens[:, 0], patches.mean(1)], -1)
-        return self.model.forward_head(tokens)
+        return self.model.forward_head(tokens) if self.model.global_pool else self._beside(tokens)
+
+    def _beside(self, tokens: Tensor) -> Tensor:
+        """Class token and the patches' mean (B, 2 · width)."""
+        return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(1)], -1)
 
 
 def hub_config(model: nn.Module) -> BackboneConfig | None:

@@ -1,4 +1,4 @@
-"""Image files: found, checked, and read as RGB whatever their mode; samples made of them."""
+"""Image files: checked, and read as RGB whatever their mode; samples made of them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ from vpt.data.pixels import Range, decode
 from vpt.errors import InputError
 from vpt.targets import Target
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".qoi", ".tga"),
+    *(".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+}
 _DICOM_SUFFIXES = {".dcm", ".dicom"}
 
 
@@ -95,36 +99,6 @@ def samples_of(
     return Samples([root / name for name in names], labels, names, patients)
 
 
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """`paths`, with the images below it in the place of each folder.
-
-    Raises:
-        InputError: a folder without images.
-    """
-    files: list[Path] = []
-    for path in paths:
-        found = find_images(path) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no images in this folder")
-        files += found
-    return files
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Image files below `folder`, in an order that no file system changes.
-
-    By suffix; DICOM also by its first bytes.
-    """
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return [
-        path
-        for relative, path in sorted(found.items())
-        if not any(is_hidden(part) for part in relative.split("/"))
-        and path.is_file()
-        and (path.suffix.lower() in SUFFIXES or is_dicom(path))
-    ]
-
-
 def is_dicom(path: Path) -> bool:
     """By its suffix or, as archives of hospitals give none, by its first bytes."""
     suffix = path.suffix.lower()
@@ -132,11 +106,6 @@ def is_dicom(path: Path) -> bool:
         return suffix in _DICOM_SUFFIXES
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
-
-
-def is_hidden(name: str) -> bool:
-    """True for files and folders that are not the user's: `.x`, and the `__MACOSX` of archives."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def read_image(

@@ -4,11 +4,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vpt import targets
+from vpt.data.images import Samples
+from vpt.data.loaders import make_loader
 from vpt.engine.accelerator import Precision, make_accelerator
 from vpt.errors import InputError
+from vpt.methods import Method
+from vpt.methods.base import Batch
 
 EVAL_BATCH = 120  # split evenly over 1 to 6, or 8, processes
 
@@ -33,14 +38,26 @@ def predict(
     accelerator = make_accelerator(precision)
     model.to(accelerator.device).eval()
     batches = []
-    for images, labels in accelerator.prepare(loader):
+    for batch in map(Batch.of, accelerator.prepare(loader)):
         with accelerator.autocast():
-            logits = model(images.to(accelerator.device))
-        batches.append(accelerator.gather_for_metrics((logits.float(), labels)))
+            logits = model(batch.inputs.to(accelerator.device))
+        batches.append(accelerator.gather_for_metrics((logits.float(), batch.labels)))
     if not batches:
         raise InputError("no images to test on: the loader gives no batches")
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
     return logits, labels
+
+
+def test_loader(model: Method, samples: Samples, workers: int = 0) -> DataLoader:
+    """Batches of `samples` for `model`, in their order and without augmentation."""
+    return make_loader(samples, model.backbone.preprocess, EVAL_BATCH, workers=workers)
+
+
+def outputs(
+    model: Method, samples: Samples, precision: Precision = "auto", workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels of `samples`."""
+    return predict(model, test_loader(model, samples, workers), precision)
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:

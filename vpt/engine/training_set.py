@@ -1,11 +1,12 @@
-"""What is trained on: the images of a loader, in their order, in parts, or with a number each."""
+"""The images that are trained on: in their order, in parts, and in batches with names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -13,9 +14,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from vpt.data.loaders import EpochSampler, ImageDataset, make_loader
 from vpt.engine.evaluate import EVAL_BATCH
 from vpt.errors import InputError
+from vpt.methods.base import Batch
 from vpt.targets import Target
 
-Collate = Callable[[list[Any]], tuple[Tensor, Tensor]]
+INPUTS = "inputs"  # the column that stands in for the images
+
+Collate = Callable[[list[Any]], Any]  # to what `Batch.of` takes
 
 
 class TrainingSet:
@@ -66,7 +70,7 @@ class TrainingSet:
         if isinstance(dataset, ImageDataset):  # nothing need be decoded
             return dataset.samples.labels[self.places]
         # copied, for tensors of workers hold a file descriptor each
-        labels = torch.cat([labels.cpu().clone() for _, labels in self.plain]).numpy()
+        labels = torch.cat([Batch.of(batch).labels.cpu().clone() for batch in self.plain]).numpy()
         _check_count(labels, self.places)
         return labels
 
@@ -98,33 +102,106 @@ class TrainingSet:
             workers=loader.num_workers,
         )
 
-    def numbered(self, numbers: np.ndarray, other: int) -> tuple[DataLoader, DataLoader]:
-        """`loader` and `plain` with the number of each image as a third tensor.
+    def class_counts(self, num_classes: int) -> Tensor:
+        """Number of images of each class (C,); those of another's loader are all read once."""
+        if self.own:
+            labels = self.labels
+        else:
+            labels = torch.cat([Batch.of(batch).labels for batch in self.loader]).numpy()
+        return torch.from_numpy(self.target.class_counts(labels, num_classes))
 
-        `numbers` (N,) are in the order of `labels`; images that it lacks have the number `other`.
+    def numbered(
+        self, numbers: np.ndarray, other: int, *, unread: bool = False, views: int | None = None
+    ) -> tuple[DataLoader, DataLoader]:
+        """`loader` and `plain` with numbers: of pairs of a Batch and the number (B,) of each image.
+
+        Args:
+            numbers: (N,), in the order of `labels`.
+            other: the number of images that it lacks.
+            unread: `loader` gives numbers in the place of images, which nobody needs.
+            views: the epochs take turns with so many views of each image; None: each has its own.
         """
         table = np.full(len(self.loader.dataset), other)
         table[self.places] = numbers
-        return _number(self.loader, table), _number(self.plain, numbers)
+        loader = self.loader
+        if unread:
+            labels = loader.dataset.samples.labels
+            loader = DataLoader(_Labels(labels), loader.batch_size, sampler=loader.sampler)
+        return _number(loader, table, views), _number(self.plain, numbers, views)
+
+
+class Batches:
+    """Batches of a loader, with columns that each image's number looks up.
+
+    Attributes:
+        loader: anybody's, or one from `TrainingSet.numbered`, which columns need.
+        columns: (N, …) by name. One called `inputs` stands in for the images.
+    """
+
+    def __init__(self, loader: DataLoader, columns: dict[str, Tensor] | None = None) -> None:
+        self.loader, self.columns = loader, columns or {}
+        self.numbered = isinstance(loader.dataset, _Numbered)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if not self.numbered:
+                yield Batch.of(batch)
+                continue
+            batch, numbers = batch
+            own = {
+                name: column[numbers.to(column.device)].to(numbers.device)
+                for name, column in self.columns.items()
+            }
+            cached = own.pop(INPUTS, None)
+            columns = {**batch.columns, **own}
+            if cached is None:
+                yield batch._replace(columns=columns)
+            else:
+                yield Batch(cached, batch.labels, columns, cached=True)
+
+    def with_columns(self, columns: dict[str, Tensor]) -> "Batches":
+        """The same with these columns too, or instead."""
+        return Batches(self.loader, {**self.columns, **columns})
+
+    def prepared(self, accelerator: Accelerator) -> "Batches":
+        """The same on the accelerator's device, split over its processes."""
+        columns = {name: c.to(accelerator.device) for name, c in self.columns.items()}
+        return Batches(accelerator.prepare(self.loader), columns)
+
+
+class _Labels(Dataset):
+    """Labels alone, indexed as `ImageDataset` is."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> tuple[int, Any]:
+        index = position % len(self)
+        return index, self.labels[index]
 
 
 class _Numbered(Dataset):
-    def __init__(self, dataset: Dataset, numbers: np.ndarray) -> None:
-        self.dataset, self.numbers = dataset, numbers
+    def __init__(self, dataset: Dataset, numbers: np.ndarray, views: int | None) -> None:
+        self.dataset, self.numbers, self.views = dataset, numbers, views
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
         # an `ImageDataset` counts positions on from epoch to epoch
-        return self.dataset[position], int(self.numbers[position % len(self)])
+        epoch, index = divmod(position, len(self))
+        view = epoch % self.views if self.views else epoch
+        return self.dataset[view * len(self) + index], int(self.numbers[index])
 
 
-def _collate(collate: Collate, batch: list[tuple[Any, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    samples, numbers = zip(*batch, strict=True)
-    images, labels = collate(list(samples))
-    _check_count(labels, numbers)
-    return images, labels, torch.tensor(numbers)
+def _collate(collate: Collate, items: list[tuple[Any, int]]) -> tuple[Batch, Tensor]:
+    samples, numbers = zip(*items, strict=True)
+    batch = Batch.of(collate(list(samples)))
+    _check_count(batch.labels, numbers)
+    return batch, torch.tensor(numbers)
 
 
 def _check_count(labels: Any, samples: Any) -> None:
@@ -135,10 +212,10 @@ def _check_count(labels: Any, samples: Any) -> None:
         )
 
 
-def _number(loader: DataLoader, numbers: np.ndarray) -> DataLoader:
+def _number(loader: DataLoader, numbers: np.ndarray, views: int | None) -> DataLoader:
     return _like(
         loader,
-        _Numbered(loader.dataset, numbers),
+        _Numbered(loader.dataset, numbers, views),
         loader.batch_size,
         sampler=loader.sampler,
         drop_last=loader.drop_last,

@@ -13,16 +13,18 @@ def names() -> list[str]:
     return modules.names(__name__)
 
 
-def find(name: str) -> type[Loss]:
-    """The class of the loss called `name`.
+def find(loss: str | type[Loss] | Loss) -> type[Loss] | Loss:
+    """The class of the loss called `loss`; a class or an instance is itself.
 
     Raises:
         InputError: there is none; says the nearest name.
     """
+    if not isinstance(loss, str):
+        return loss
     try:
-        return modules.find(__name__, Loss, name)
+        return modules.find(__name__, Loss, loss)
     except InputError as error:
-        raise InputError(f"train.loss={name}: {error}") from None
+        raise InputError(f"train.loss={loss}: {error}") from None
 
 
 def check(loss: type[Loss] | Loss, target: Target) -> None:

@@ -1,7 +1,7 @@
 """The linear read-out: a head on features that also train starts from the linear probe."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict
-from vpt.methods.base import Batch, Head, Method
+from vpt.losses import Loss
+from vpt.methods.base import Batch, Epoch, Head, Method, Step
 from vpt.methods.linear_probe import ABSENT, FOLDS, solve_head
 
 
@@ -48,7 +49,7 @@ class LinearReadout(Method):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(backbone, class_names, options, tokenizer)
-        self.head = Head(backbone.feature_dim, len(class_names))
+        self.head = Head(self.feature_dim, len(class_names))
         self.cross_fitted = options.head == "crossfit"
         if self.cross_fitted:
             self.head.requires_grad_(False)
@@ -60,56 +61,50 @@ class LinearReadout(Method):
         """Logits (B, C) from image features (B, feature_dim)."""
         return self.head(features)
 
-    def loss(
-        self, images: Tensor, labels: Tensor, folds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Training loss, and logits (B, C): with `folds` (B,), by the heads solved without them."""
-        if folds is None:
-            return super().loss(images, labels)
-        features = self.features(images)
+    def step(self, batch: Batch, loss: Loss) -> Step:
+        """Training loss: of an image with a `split`, by the head solved without it."""
+        if "split" not in batch.columns:
+            return super().step(batch, loss)
+        features, splits = self.batch_features(batch), batch.columns["split"]
         with torch.autocast(features.device.type, enabled=False):
             weights = self.fold_weights.flatten(0, 1)
             logits = F.linear(features.to(weights.dtype), weights, self.fold_biases.flatten())
         logits = logits.unflatten(1, self.fold_biases.shape)
-        logits = logits[torch.arange(len(folds), device=folds.device), folds]
-        return self.criterion(logits, labels), logits
+        logits = logits[torch.arange(len(splits), device=splits.device), splits]
+        return Step(loss(logits, batch.labels), logits)
 
-    def before_epoch(
-        self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
-    ) -> None:
-        """Solve the head, unless the option `head` says that steps train it, and those of folds."""
-        if self.options.head == "random" or (epoch and not self.cross_fitted):
+    def before_epoch(self, at: Epoch) -> None:
+        """Solve the head and those of splits, unless the option `head` says that steps train it."""
+        if self.options.head == "random" or (at.number and not self.cross_fitted):
             return
-        seen, labels, *folds = features()
-        penalties = self._solve(self.head, seen, labels, self.penalties if epoch else None)
+        seen = at.features()
+        penalties = self._solve(self.head, seen, at.loss, self.penalties if at.number else None)
         if self.cross_fitted:
             self.penalties.copy_(penalties)
-        if folds:
-            self._solve_folds(seen, labels, *folds)
+            self._solve_splits(seen, at.loss)
 
-    def after_training(self, features: Callable[[], Batch]) -> None:
+    def after_training(self, at: Epoch) -> None:
         """Solve the head of what the last epoch made of the features."""
         if self.cross_fitted:
-            seen, labels, *_ = features()
-            self._solve(self.head, seen, labels, self.penalties)
+            self._solve(self.head, at.features(), at.loss, self.penalties)
 
-    def _solve_folds(self, features: Tensor, labels: Tensor, folds: Tensor) -> None:
+    def _solve_splits(self, seen: Batch, loss: Loss) -> None:
         weights = [self.head.weight] * (FOLDS + 1)
         biases = [self.head.bias] * (FOLDS + 1)
-        for fold in folds[folds < FOLDS].unique().tolist():
-            head, rest = copy.deepcopy(self.head), folds != fold
-            self._solve(head, features[rest], labels[rest], self.penalties)
-            alone = head.bias.abs() >= -ABSENT / 2  # of a class that only this fold has
-            weights[fold] = torch.where(alone[:, None], self.head.weight, head.weight)
-            biases[fold] = torch.where(alone, self.head.bias, head.bias)
+        splits = seen.columns.get("split", torch.empty(0))
+        for split in splits[splits < FOLDS].unique().tolist():
+            head, rest = copy.deepcopy(self.head), splits != split
+            others = Batch(seen.inputs[rest], seen.labels[rest])
+            self._solve(head, others, loss, self.penalties)
+            alone = head.bias.abs() >= -ABSENT / 2  # of a class that only this split has
+            weights[split] = torch.where(alone[:, None], self.head.weight, head.weight)
+            biases[split] = torch.where(alone, self.head.bias, head.bias)
         self.fold_weights, self.fold_biases = torch.stack(weights), torch.stack(biases)
 
-    def _solve(
-        self, head: Head, features: Tensor, labels: Tensor, penalties: Tensor | None
-    ) -> Tensor:
+    def _solve(self, head: Head, seen: Batch, loss: Loss, penalties: Tensor | None) -> Tensor:
         """`solve_head`, with the classes weighted as the loss does."""
-        penalties = solve_head(head, self.target, features, labels, penalties)
-        if self.log_weights is not None:
+        penalties = solve_head(head, self.target, seen.inputs, seen.labels, penalties)
+        if loss.log_weights is not None:
             with torch.no_grad():
-                head.bias.add_(self.log_weights.to(head.bias))
+                head.bias.add_(loss.log_weights.to(head.bias))
         return penalties

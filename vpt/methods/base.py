@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,69 @@ from vpt.backbones.base import Backbone, Prompts, share
 from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
+from vpt.losses import Loss
+from vpt.losses.cross_entropy import CrossEntropy
 from vpt.targets import Target
 from vpt.targets.multiclass import Multiclass
 
-# images or features, labels, and of a cross-fitted method the folds that hold them out
-Batch = tuple[Tensor, ...]
-Criterion = Callable[[Tensor, Tensor], Tensor]  # of logits (B, C) and labels: a mean loss
+
+class Batch(NamedTuple):
+    """B images, their labels, and named columns of B rows.
+
+    Attributes:
+        inputs: images (B, 3, H, W), or their features (B, feature_dim) where `cached`.
+        labels: of the kind of the method's target.
+        columns: `split` (B,), the split that holds the image out, of a cross-fitted method; those
+            of `Method.frozen_columns`.
+        cached: True where `inputs` are features.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    columns: dict[str, Tensor] = {}  # noqa: RUF012
+    cached: bool = False
+
+    @classmethod
+    def of(cls, batch: "Batch | Sequence[Tensor]") -> "Batch":
+        """The batch that a loader gave: images and labels, or a Batch already."""
+        return batch if isinstance(batch, Batch) else cls(*batch)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on `device`."""
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return Batch(self.inputs.to(device), self.labels.to(device), columns, self.cached)
+
+
+class Step(NamedTuple):
+    """Loss of a batch.
+
+    Attributes:
+        total: a scalar, which the step lowers.
+        logits: (B, C).
+        terms: parts of the total by name, scalars, to be logged.
+    """
+
+    total: Tensor
+    logits: Tensor
+    terms: dict[str, Tensor] = {}  # noqa: RUF012
+
+
+class Epoch(NamedTuple):
+    """The state of training that hooks are given, on every process alike.
+
+    Attributes:
+        number: counts from 0.
+        count: how many epochs there are.
+        loss: the one that steps are given.
+        batches: all training images in order, without augmentation, with `split`.
+        features: computes the features (N, feature_dim) of all of `batches` as of now, on the CPU.
+    """
+
+    number: int
+    count: int
+    loss: Loss
+    batches: Iterable[Batch]
+    features: Callable[[], Batch]
 
 
 class Method(nn.Module):
@@ -32,14 +89,11 @@ class Method(nn.Module):
         options: checked options.
         class_names: in label order.
         target: the kind of its labels.
-        criterion: the loss of logits (B, C) and labels; `fit` sets it to the one it is told.
-        log_weights: (C,), how that loss weighs the classes; `fit` sets it. None: alike.
-        solved: True where the method is solved in closed form from features, not by gradients;
-            it then has `solve(features, labels)`.
+        solved: True where the method is fitted to features at once, without gradient steps; it then
+            has `solve(features, labels)`.
         frozen_features: True where nothing that trains changes an image's features, so that
             they need be computed only once.
-        cross_fitted: True where the loss of an image takes as a third argument, `folds` (B,), which
-            fold holds it out.
+        cross_fitted: True where `step` needs the column `split`.
         takes_names: True where an artefact can be loaded with other class names: nothing that is
             learned belongs to a class.
         from_names: tensors of an artefact that follow from the class names alone.
@@ -56,8 +110,6 @@ class Method(nn.Module):
     from_names: ClassVar[frozenset[str]] = frozenset()
     is_folded = False
     target: Target = Multiclass()
-    criterion: Criterion | None = None
-    log_weights: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
         package, _, module = cls.__module__.rpartition(".")
@@ -84,8 +136,17 @@ class Method(nn.Module):
         return images
 
     def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
-        """Features (B, feature_dim) that the read-out half reads: the tower's own."""
+        """Features (B, feature_dim) that the read-out half reads: the tower's own.
+
+        Others read outputs of prompts (`Backbone.tokens`) or features before the projection
+        (`Backbone.pooled`).
+        """
         return self.backbone(images, prompts)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what `read` gives."""
+        return self.backbone.feature_dim
 
     def features(self, images: Tensor) -> Tensor:
         """Image features (B, feature_dim)."""
@@ -113,30 +174,42 @@ class Method(nn.Module):
         """
         return self.target.contrast(self.backbone.similarity(features, texts))
 
+    def step(self, batch: Batch, loss: Loss) -> Step:
+        """Training loss by `loss`, with the logits and the terms to log."""
+        logits = self.logits(self.batch_features(batch))
+        return Step(loss(logits, batch.labels), logits)
+
+    def batch_features(self, batch: Batch) -> Tensor:
+        """Image features (B, feature_dim), cached or computed."""
+        return batch.inputs if batch.cached else self.features(batch.inputs)
+
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Training loss (a scalar) on labels (B,) or (B, C), and the logits (B, C)."""
-        return self.feature_loss(self.features(images), labels)
+        """Training loss by cross-entropy, and the logits (B, C), for a loop of one's own."""
+        with torch.no_grad():
+            batch = Batch(images, labels, self.frozen_columns(images))
+        step = self.step(batch, CrossEntropy(self.target))
+        return step.total, step.logits
 
-    def feature_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from image features (B, feature_dim)."""
-        logits = self.logits(features)
-        return (self.criterion or self.target.loss)(logits, labels), logits
+    def frozen_columns(self, images: Tensor) -> dict[str, Tensor]:
+        """Columns (B, …) of what nothing that trains changes for images (B, 3, H, W).
 
-    def before_epoch(
-        self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
-    ) -> None:
-        """Called by `fit` before each epoch, on every process alike.
-
-        Args:
-            epoch: counts from 0.
-            epochs: how many there are.
-            batches: all training images without augmentation, (B, 3, H, W), labels (B,), and the
-                folds (B,) of a cross-fitted method.
-            features: computes their features (N, feature_dim) as of now; labels (N,), folds (N,).
+        `fit` computes them without gradients, once for each view of an image where it can.
         """
+        return {}
 
-    def after_training(self, features: Callable[[], Batch]) -> None:
-        """Called by `fit` after the last step, on every process alike; `features` as above."""
+    @classmethod
+    def overrides(cls, *names: str) -> bool:
+        """True if the class has any of these methods from elsewhere than `Method`."""
+        return any(getattr(cls, name) is not getattr(Method, name) for name in names)
+
+    def before_epoch(self, at: Epoch) -> None:
+        """Called by `fit` before the steps of each epoch."""
+
+    def after_epoch(self, at: Epoch) -> None:
+        """Called by `fit` after the steps of each epoch."""
+
+    def after_training(self, at: Epoch) -> None:
+        """Called by `fit` after the last epoch, last."""
 
     def tunable_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that train, by name; everything else has `requires_grad` False."""

@@ -3,7 +3,7 @@
 Pruned half-way, then trained on, where the paper rewinds the rest and trains anew.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from pydantic import Field, PositiveInt
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vpt.backbones.base import Backbone, Prompts, Rows
 from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
+from vpt.losses import Loss
 from vpt.methods import vpt_deep
 from vpt.methods._tokens import init_bound
-from vpt.methods.base import Batch
+from vpt.methods.base import Batch, Epoch
 
 
 class Options(vpt_deep.Options):
@@ -85,31 +86,29 @@ class KVPrompts(vpt_deep.VPTDeep):
         own = own[:, None].to(made[0].dtype).expand(-1, len(made[0]), -1, -1, -1)
         return Rows(*(torch.cat(pair, 2) for pair in zip(made, own, strict=True)))
 
-    def before_epoch(
-        self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
-    ) -> None:
+    def before_epoch(self, at: Epoch) -> None:
         """Prune half-way.
 
         Raises:
             InputError: one epoch alone, of which half is nothing trained.
         """
-        super().before_epoch(epoch, epochs, batches, features)
+        super().before_epoch(at)
         if not (self.options.prune_tokens or self.options.prune_segments):
             return
-        if epochs == 1:
+        if at.count == 1:
             raise InputError("kv_prompts prunes half-way: give train.epochs=2 or more")
-        if epoch == epochs // 2:
-            self.prune(batches)
-            super().before_epoch(epoch, epochs, batches, features)  # a probe of what is left
+        if at.number == at.count // 2:
+            self.prune(at.batches, at.loss)
+            super().before_epoch(at)  # a probe of what is left
 
-    def prune(self, batches: Iterable[Batch]) -> None:
+    def prune(self, batches: Iterable[Batch], loss: Loss) -> None:
         """Set `mask` by importance, |∂loss/∂mask| summed over batches, of tokens and segments."""
         tokens, segments = torch.zeros_like(self.mask[..., 0]), torch.zeros_like(self.mask)
         self.eval()
         self.mask.requires_grad_()
         for batch in batches:
-            loss, _ = self.loss(*(tensor.to(self.mask.device) for tensor in batch))
-            (gradient,) = torch.autograd.grad(loss, self.mask)
+            total = self.step(batch.to(self.mask.device), loss).total
+            (gradient,) = torch.autograd.grad(total, self.mask)
             tokens += gradient.sum(-1).abs()
             segments += gradient.abs()
         self.mask.requires_grad_(False)

@@ -1,6 +1,6 @@
 """Pixel prompts: a learned border or corner patch added to the image (Bahng et al. 2022)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
 from vpt.methods import zero_shot
 from vpt.methods._text import embed_classes
-from vpt.methods.base import Batch, Head, Method
+from vpt.methods.base import Epoch, Head, Method
 from vpt.methods.linear_probe import solve_head
 
 
@@ -71,12 +71,11 @@ class PixelPrompts(Method):
         else:
             self.head = Head(backbone.feature_dim, len(class_names)).requires_grad_(False)
 
-    def before_epoch(
-        self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
-    ) -> None:
+    def before_epoch(self, at: Epoch) -> None:
         """Before the first epoch, solve the head."""
-        if epoch == 0 and self.head is not None:
-            solve_head(self.head, self.target, *features())
+        if at.number == 0 and self.head is not None:
+            seen = at.features()
+            solve_head(self.head, self.target, seen.inputs, seen.labels)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Images with the prompt on them."""

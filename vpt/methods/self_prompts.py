@@ -1,6 +1,6 @@
 """Prompts that start as pooled or clustered patch tokens (SPT-deep, Wang et al. 2024)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vpt.errors import InputError
 from vpt.methods import vpt_deep
-from vpt.methods.base import Batch
+from vpt.methods.base import Batch, Epoch
 
 
 class Options(vpt_deep.Options):
@@ -25,15 +25,13 @@ class SelfPrompts(vpt_deep.VPTDeep):
 
     Options = Options
 
-    def before_epoch(
-        self, epoch: int, epochs: int, batches: Iterable[Batch], features: Callable[[], Batch]
-    ) -> None:
+    def before_epoch(self, at: Epoch) -> None:
         """Set the prompts before the first epoch, then the head."""
-        if epoch == 0:
+        if at.number == 0:
             pool = {"mean": self._means, "kmeans": self._centers}[self.options.pooling]
             with torch.no_grad():
-                self.prompts.copy_(pool(batches))
-        super().before_epoch(epoch, epochs, batches, features)
+                self.prompts.copy_(pool(at.batches))
+        super().before_epoch(at)
 
     def _means(self, batches: Iterable[Batch]) -> Tensor:
         """Means over images of each of num_tokens stretches of patches, in reading order."""

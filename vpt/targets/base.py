@@ -23,7 +23,7 @@ class Target:
     N images have C classes, and a model's logits are (N, C) or (B, C).
 
     Attributes:
-        name: the file's name, unless the class says another.
+        name: the file's name; of a class outside this package, the class's.
         exclusive: True where an image is of one class: labels are class numbers (N,), and there
             are confusions, prediction sets and shots of patients.
         wording: follows the number of classes where a data set is described.
@@ -34,13 +34,17 @@ class Target:
     wording: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
-        if "name" not in vars(cls):
-            cls.name = cls.__module__.rpartition(".")[2]
+        package, _, module = cls.__module__.rpartition(".")
+        cls.name = module if package == __package__ else cls.__name__
 
     # Labels of a data set
 
     def fits(self, labels: Labels) -> bool:
         """True if `labels` are of this kind."""
+        raise NotImplementedError
+
+    def num_classes(self, labels: np.ndarray) -> int:
+        """Number of classes that `labels` need at least."""
         raise NotImplementedError
 
     def class_counts(self, labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -35,6 +35,10 @@ class Multiclass(Target):
         """True for labels (N,)."""
         return labels.ndim == 1
 
+    def num_classes(self, labels: np.ndarray) -> int:
+        """Number of classes, up to the largest number."""
+        return labels.max(initial=0) + 1
+
     def class_counts(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
         """Number of images of each class (C,)."""
         return np.bincount(labels, minlength=num_classes)

@@ -36,6 +36,10 @@ class Multilabel(Target):
         """True for labels (N, C)."""
         return labels.ndim == 2
 
+    def num_classes(self, labels: np.ndarray) -> int:
+        """Number of classes, one a column."""
+        return labels.shape[1]
+
     def class_counts(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
         """Number of images of each class (C,)."""
         return labels.sum(0).astype(int)
