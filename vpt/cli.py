@@ -275,7 +275,7 @@ def _print_figure(name: str, value: Any) -> None:
     if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
         for key, part in value.items():
             _print_figure(f"{name}.{key}", part)
-    else:
+    elif value != {}:
         print(f"{name:20} {_text(value)}")
 
 
