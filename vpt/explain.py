@@ -17,6 +17,7 @@ from vpt.backbones.text import CLIP_VOCABULARY
 from vpt.data.images import read_image
 from vpt.engine.apply import load, survey
 from vpt.engine.figures import save
+from vpt.engine.lettering import labels
 from vpt.engine.progress import Log
 from vpt.engine.run import NOTICE
 from vpt.errors import InputError
@@ -148,13 +149,14 @@ def explain_images(
     windows = model.metadata.get("data", {}).get("windows")
     notice = {"notice": NOTICE} if model.metadata.get("medical") else {}
     model = model.fold()
+    shown = dict(zip(model.class_names, labels(model.class_names), strict=True))
     preprocess, records = model.backbone.preprocess, []
     crop = preprocess.crop()
     for number, file in enumerate(found.readable):
         pixels = crop(read_image(file, windows=windows, grey=preprocess.grey_range))
         record, heat = explain(model, torch.from_numpy(pixels))
         figure = out / f"{number:03}-{file.stem}.png"
-        answer = f"{record['class']} {record['probability']:.2f}"
+        answer = f"{shown[record['class']]} {record['probability']:.2f}"
         title = ". ".join([answer, *notice.values()])
         drawing = Figure(figsize=(7, 3.9), layout="constrained")
         left, right = drawing.subplots(1, 2)
@@ -163,7 +165,7 @@ def explain_images(
         for axes in (left, right):
             axes.set_axis_off()
         drawing.suptitle(title.replace("$", r"\$"))
-        save(drawing, figure)
+        save(drawing, figure, model.class_names)
         records.append({"path": str(file), **record, "figure": str(figure), **notice})
         yield records[-1]
     text = json.dumps(records, indent=2)
@@ -196,4 +198,4 @@ def draw_saliency(axes: Any, pixels: np.ndarray, heat: Tensor) -> None:
     limit = heat.abs().quantile(0.98).clamp(min=1e-12).item()
     axes.imshow(pixels.mean(-1), cmap="gray")
     strength = (smooth.abs() / limit).clamp(max=1).numpy()
-    axes.imshow(smooth, cmap="bwr", vmin=-limit, vmax=limit, alpha=0.6 * strength)
+    axes.imshow(smooth.numpy(), cmap="bwr", vmin=-limit, vmax=limit, alpha=0.6 * strength)

@@ -19,6 +19,7 @@ from vpt.data.sources import open_source
 from vpt.engine.evaluate import confusion, outputs
 from vpt.engine.figures import save
 from vpt.engine.folder import RunFolder
+from vpt.engine.lettering import labels as shown
 from vpt.engine.run import run
 
 METHODS = {  # run configuration digits_… → what the table calls it
@@ -93,7 +94,7 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
     for config in (before, after):
         model = artifact.load(RunFolder(config.out).prompt)
         predictions[config.method.name], labels = outputs(model, split.test)
-    names = model.class_names
+    names = shown(model.class_names)
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[3, 1])
@@ -127,4 +128,4 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
         "What prompts add to the embedded tiny CLIP "
         f"(bottom: zero-shot → {METHODS[after.method.name]})"
     )
-    save(figure, path)
+    save(figure, path, model.class_names)

@@ -101,10 +101,9 @@ def check_images(
 
 def _survey(windows: tuple[Window, ...] | None, path: Path) -> tuple[str | None, Range | None]:
     """Why a file can't be read, and the values of a deep grey image."""
+    any_range = (0, 65535)  # all values are read through a range, and clipped
     try:
-        return None, read_pixels(path, least=1, windows=windows, grey=(0, 65535))[
-            1
-        ]  # a range: all are read
+        return None, read_pixels(path, least=1, windows=windows, grey=any_range)[1]
     except InputError:
         raise
     except Exception as error:
