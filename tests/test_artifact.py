@@ -11,6 +11,7 @@ from tiny import clip, images, vit
 import vpt
 from vpt import artifact
 from vpt.errors import InputError
+from vpt.files import write_atomically
 
 NAMES = ["cat", "dog"]
 
@@ -59,7 +60,7 @@ def test_a_failed_write_keeps_the_old_file(saved):
     with pytest.raises(TypeError):
         vpt.save(model, path, figures={1, 2})
     with pytest.raises(TypeError):
-        artifact.write_atomically(path, "text")
+        write_atomically(path, "text")
     assert path.read_bytes() == before
 
 
