@@ -8,10 +8,11 @@ from tempfile import TemporaryDirectory
 import torch
 
 from vpt import artifact, backbones
-from vpt.config import BackboneConfig, Strict, apply_overrides, validate
+from vpt.config import BackboneConfig, Strict, validate
 from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 from vpt.methods import Method
+from vpt.settings import apply_overrides
 
 try:
     import onnxruntime

@@ -581,6 +581,35 @@ def write_zhou(root, **changes):
     (root / "split_zhou_X.json").write_text(json.dumps(split))
 
 
+def test_a_class_name_twice_is_refused_with_its_mend(tmp_path, monkeypatch):
+    use_card(monkeypatch)
+    write_zhou(
+        tmp_path,
+        train=[["dog/1.png", 1, "big_dog"], ["cat/1.png", 0, "cat"], ["cat/2.png", 2, "cat"]],
+        val=[],
+    )
+    refused("class names twice, cat: give each class its own name, in data.classes",
+            tmp_path, name="x")  # fmt: skip
+    names = ["cat", "dog", "other cat"]
+    source = opened(tmp_path, name="x", classes=names)
+    assert source.class_names == names
+    assert source.parts["train"].labels.tolist() == [1, 0, 2]
+
+
+def test_data_may_lack_classes_of_a_list(tmp_path):
+    class_folders(tmp_path / "two", ["a", "c"])
+    source = open_source(DataConfig(root=tmp_path / "two"), among=["c", "b", "a"])
+    assert source.class_names == ["c", "b", "a"]
+    assert source.parts["all"].labels.tolist() == [2, 2, 0, 0]
+    assert opened(tmp_path / "two", classes=["c", "b", "a"]).class_names == ["c", "b", "a"]
+    other = open_source(DataConfig(root=tmp_path / "two"), among=["x", "y", "z"])
+    assert other.class_names == ["a", "c"]
+    class_folders(tmp_path / "one", ["c"])
+    assert open_source(DataConfig(root=tmp_path / "one"), among=["a", "c"]).parts[
+        "all"
+    ].labels.tolist() == [1, 1]
+
+
 def test_zhou(tmp_path, monkeypatch):
     use_card(monkeypatch, num_classes=2)
     write_zhou(tmp_path)

@@ -13,11 +13,9 @@ from vpt.config import (
     BackboneConfig,
     DataConfig,
     Strict,
-    apply_overrides,
-    read_yaml,
     validate,
 )
-from vpt.data.fewshot import split_data
+from vpt.data.fewshot import absent_classes, split_data
 from vpt.data.images import check_images
 from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
@@ -28,6 +26,7 @@ from vpt.engine.progress import Log
 from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 from vpt.methods import Method
+from vpt.settings import apply_overrides, override, read_yaml
 
 
 class Settings(Strict):
@@ -59,7 +58,7 @@ def evaluate(
         "backbone": artifact.backbone_settings(metadata),
     }
     settings = validate(Settings, apply_overrides(Settings, settings, overrides), where=str(path))
-    source = open_source(settings.data)
+    source = open_source(settings.data, among=metadata["class_names"] if every else None)
     differing = set(source.class_names) ^ set(metadata["class_names"])
     if differing:
         raise InputError(
@@ -69,11 +68,13 @@ def evaluate(
     if source.class_names != metadata["class_names"]:
         raise InputError(
             f"{path}: the data has its classes in another order: "
-            f"give data.classes=[{','.join(metadata['class_names'])}]"
+            f"give {override('data.classes', metadata['class_names'])}"
         )
     tests = _test_samples(source, settings.data, metadata, path, every)
     files = [path for test in tests for path in test.images if isinstance(path, Path)]
     check_images(files, settings.data.windows)
+    for line in [*source.notes, *absent_classes(source, tests)]:
+        log(f"data: {line}")
     log(f"testing on {sum(map(len, tests))} images")
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     model = artifact.load(path, backbone)
