@@ -272,8 +272,7 @@ def compose(method: str, *settings: Any, where: str) -> RunConfig:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
     chosen = merge({}, *settings)
-    settings = merge(_recipe(method, chosen.get("recipe")), chosen)
-    return validate(RunConfig, settings, where)
+    return validate(RunConfig, merge(_recipe(method, chosen.get("recipe")), chosen), where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:

@@ -9,9 +9,9 @@ import torch
 
 from vpt import artifact, backbones
 from vpt.config import BackboneConfig, Strict, validate
-from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 from vpt.methods import Method
+from vpt.run import NOTICE
 from vpt.settings import apply_overrides
 
 try:

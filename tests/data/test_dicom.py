@@ -16,9 +16,10 @@ from pydicom.uid import UID
 from vpt.config import DataConfig, Window
 from vpt.data import dicom
 from vpt.data.fewshot import split_shots
-from vpt.data.images import Samples, check_images, is_dicom, read_image
+from vpt.data.images import Samples, is_dicom, read_image
 from vpt.data.search import search
 from vpt.data.sources import open_source
+from vpt.data.survey import check_images
 from vpt.errors import InputError
 
 SHIPPED = Path(pydicom.__file__).parent / "data/test_files"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt.data.images import Samples, array_to_image, check_images, read_image
+from vpt.data.images import Samples, array_to_image, read_image
+from vpt.data.survey import check_images
 from vpt.errors import InputError
 
 GREY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)

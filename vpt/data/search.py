@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vpt.data.images import SUFFIXES, is_dicom
+from vpt.data.pixels import check_pixels
 from vpt.errors import InputError
 
 # Left by systems and programs, lower case; names that begin with a dot are theirs too
@@ -206,6 +207,7 @@ def _has_few_values(path: Path) -> bool:
     """True if eight values have nine of ten pixels: also of a mask that JPEG has blurred."""
     try:
         with path.open("rb") as file, Image.open(file) as image:
+            check_pixels(image.width * image.height)
             coloured = image.mode not in {"1", "L", "P"} and not image.mode.startswith(("I", "F"))
             pixels = np.asarray(image.convert("L") if coloured else image)
     except Exception:  # said when the images are read
