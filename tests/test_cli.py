@@ -220,12 +220,22 @@ def test_a_rare_class_is_trained_on_and_what_was_left_out_is_kept(tmp_path, good
     write_folder(images, ["rare"], count=1)
     (images / "cat/notes.txt").write_text("x")
     (images / "@eaDir").mkdir()
-    code, _, err = cli("train", "linear_probe", *FAST, f"data.root={images}", f"out={run}")
+    (images / "dog/bad.png").write_text("x")
+    settings = ["linear_probe", *FAST, f"data.root={images}", f"out={run}", "data.shots=5"]
+    code, _, err = cli("train", *settings)
+    assert code == 1 and "dog/bad.png" in err
+    code, _, err = cli("train", *settings, "data.shots=2", "data.skip_broken=true")
     assert code == 0, err
-    assert "data: left out 1 hidden or system folders, 1 not images\n" in err
+    assert "data: left out dog/bad.png: no known image format\n" in err
+    kinds = "1 hidden or system folders, 1 images that can't be read, 1 not images"
+    assert f"data: left out {kinds}\n" in err
     assert "fewer images than data.shots=2, so all train: rare (1)" in err
-    assert result(run)["left_out"] == {"hidden or system folders": 1, "not images": 1}
-    good("eval", run / "prompt.safetensors")
+    assert result(run)["left_out"] == {
+        "hidden or system folders": 1,
+        "images that can't be read": 1,
+        "not images": 1,
+    }
+    good("eval", run / "prompt.safetensors")  # the same split
 
 
 def by_csv(root):

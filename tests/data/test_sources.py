@@ -236,6 +236,18 @@ def test_a_test_part_may_lack_a_class_but_train_may_not(tmp_path):
     assert opened(tmp_path).parts["test"].labels.tolist() == [0, 0, 2, 2]
 
 
+def test_broken_images_are_left_out_if_wanted(tmp_path):
+    class_folders(tmp_path, ["a", "b"])
+    (tmp_path / "a/bad.png").write_bytes(b"x")
+    (tmp_path / "b/1.png").write_bytes((tmp_path / "b/1.png").read_bytes()[:40])
+    assert len(opened(tmp_path).parts["all"]) == 5
+    source = opened(tmp_path, skip_broken=True)
+    assert source.parts["all"].names == ["a/0.png", "a/1.png", "b/0.png"]
+    assert source.left_out == {"images that can't be read": 2}
+    assert source.notes[0] == "left out a/bad.png: no known image format"
+    assert source.notes[-1] == "left out 2 images that can't be read"
+
+
 # csv
 
 

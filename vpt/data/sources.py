@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from vpt import resources
-from vpt.config import Augment, DataConfig
+from vpt.config import Augment, DataConfig, Window
 from vpt.data import layouts, medmnist
 from vpt.data.cards import Card, load_card, plain_card
 from vpt.data.dicom import patient
 from vpt.data.images import Samples, is_dicom
 from vpt.data.layouts import Read
 from vpt.data.search import composed, matches, say
+from vpt.data.survey import survey_images
 from vpt.errors import InputError, check_class_names, some
 from vpt.targets import Target
 
@@ -47,7 +48,9 @@ class Source:
 
 
 def open_source(config: DataConfig, among: Sequence[str] | None = None) -> Source:
-    """The data that `data.name` and `data.root` mean; image files are listed, not read.
+    """The data that `data.name` and `data.root` mean.
+
+    Image files are listed, and read only to leave out the broken ones, if `data.skip_broken`.
 
     Args:
         config: which data.
@@ -72,6 +75,11 @@ def open_source(config: DataConfig, among: Sequence[str] | None = None) -> Sourc
     found, parts, kinds, notes = Read(*layout.read(root, card))
     parts, kinds = _exclude(parts, dict(kinds), card)
     _check_dump(parts, card, where=f"data.root={root}")
+    if config.skip_broken:
+        broken = _broken(parts, config.windows)
+        parts = {part: _without(samples, broken) for part, samples in parts.items()}
+        kinds |= dict.fromkeys(broken, "images that can't be read")
+        notes = [*notes, *(f"left out {name}: {why}" for name, why in broken.items())]
     if config.windows and any(isinstance(s.images, np.ndarray) for s in parts.values()):
         raise InputError(f"data.windows={','.join(config.windows)}: {name} is not DICOM: drop it")
     patients = _patients(parts)
@@ -125,6 +133,18 @@ def _exclude(
 def _without(samples: Samples, names: Collection[str]) -> Samples:
     kept = [i for i, name in enumerate(samples.names) if name not in names]
     return samples if len(kept) == len(samples) else samples.take(kept)
+
+
+def _broken(parts: dict[str, Samples], windows: tuple[Window, ...] | None) -> dict[str, str]:
+    """Names of the samples that can't be read, each with the reason."""
+    files = {
+        path: name
+        for samples in parts.values()
+        if not isinstance(samples.images, np.ndarray)
+        for path, name in zip(samples.images, samples.names, strict=True)
+    }
+    broken = survey_images(list(files), windows).broken
+    return {files[path]: reason for path, reason in broken.items()}
 
 
 def _say_left_out(kinds: dict[str, str], card: Card) -> list[str]:
