@@ -156,6 +156,7 @@ def test_train_and_dev_alone_hold_out_dev(tmp_path):
 def test_folders_that_may_be_parts_are_refused(tmp_path):
     for part in ("trian", "test"):
         class_folders(tmp_path / "typo" / part, ["a", "b"])
+    draw(tmp_path / "typo/test/flat.png")
     refused("folders test, trian all hold the folders a, b: call them train", tmp_path / "typo")
     for part in ("train", "test", "extra"):
         class_folders(tmp_path / "more" / part, ["a", "b"])
@@ -194,6 +195,8 @@ def test_what_is_left_out_of_a_folder_is_kept_by_kind_and_number(tmp_path):
     kept = opened(tmp_path, include="*_mask.png", exclude=["notes", "nothing"])
     assert len(kept.parts["train"]) == 5
     assert kept.notes[-1] == "no file matches data.exclude=nothing"
+    unused = opened(tmp_path, include="*.jpg").notes[0]
+    assert unused == "nothing that would be left out matches data.include=*.jpg"
 
 
 def test_patterns_leave_samples_of_any_layout_out(tmp_path):
