@@ -635,6 +635,16 @@ def test_zhou(tmp_path, monkeypatch):
     assert source.parts["test"].read(0).size == (4, 4)
 
 
+def test_lists_name_files_in_either_form(tmp_path, monkeypatch):
+    use_card(monkeypatch)
+    whole, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    rows = [[f"{whole}/1.png", 0, whole], [f"{apart}/2.png", 1, "tea"]]
+    write_zhou(tmp_path, train=rows, val=[], test=[])
+    draw(tmp_path / "pics" / apart / "1.png", tmp_path / "pics" / whole / "2.png")
+    samples = opened(tmp_path, name="x").parts["train"]
+    assert [samples.read(i).size for i in range(2)] == [(4, 4), (4, 4)]
+
+
 def test_bad_zhou(tmp_path, monkeypatch):
     use_card(monkeypatch)
     refused("name=x needs data.root=PATH: get it there", name="x")
