@@ -205,6 +205,7 @@ CHANGES = {
     "data.calibration": "0.25",
     "data.augment": "crop",
     "data.exclude": "old",
+    "data.skip_broken": "true",
     "data.include": "[a, b]",
     "data.windows": "[lung, bone, brain]",
     "data.workers": "2",

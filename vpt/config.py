@@ -79,6 +79,7 @@ class DataConfig(Strict):
     # look like masks or other things that are no data; None: the card's
     exclude: Patterns | None = None
     include: Patterns | None = None
+    skip_broken: bool = False  # images that can't be read are left out; False: they are refused
     windows: Windows | None = None  # of CT, as channels; None: the files' own
     workers: NonNegativeInt = 0
     # test images that look like training images: said, refused, or not looked for;

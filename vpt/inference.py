@@ -13,10 +13,9 @@ from vpt.config import (
     BackboneConfig,
     DataConfig,
     Strict,
-    read_yaml,
     validate,
 )
-from vpt.data.fewshot import split_data
+from vpt.data.fewshot import absent_classes, split_data
 from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
 from vpt.data.survey import Survey, survey_images
@@ -27,7 +26,7 @@ from vpt.folder import RunFolder
 from vpt.methods import Method
 from vpt.progress import Log
 from vpt.run import NOTICE
-from vpt.settings import apply_overrides
+from vpt.settings import apply_overrides, override, read_yaml
 
 
 class Settings(Strict):
@@ -59,7 +58,7 @@ def evaluate(
         "backbone": artifact.backbone_settings(metadata),
     }
     settings = validate(Settings, apply_overrides(Settings, settings, overrides), where=str(path))
-    source = open_source(settings.data)
+    source = open_source(settings.data, among=metadata["class_names"] if every else None)
     differing = set(source.class_names) ^ set(metadata["class_names"])
     if differing:
         raise InputError(
@@ -69,12 +68,14 @@ def evaluate(
     if source.class_names != metadata["class_names"]:
         raise InputError(
             f"{path}: the data has its classes in another order: "
-            f"give data.classes=[{','.join(metadata['class_names'])}]"
+            f"give {override('data.classes', metadata['class_names'])}"
         )
     tests = _test_samples(source, settings.data, metadata, path, every)
     files = [path for test in tests for path in test.images if isinstance(path, Path)]
     grey = metadata["preprocess"].get("grey_range")
     survey_images(files, settings.data.windows).through(grey, log).check()
+    for line in [*source.notes, *absent_classes(source, tests)]:
+        log(f"data: {line}")
     log(f"testing on {sum(map(len, tests))} images")
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     model = artifact.load(path, backbone)
