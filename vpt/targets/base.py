@@ -190,3 +190,7 @@ class Target:
     def contrast(self, similarities: Tensor) -> Tensor:
         """Logits (…, C) from the similarities (…, texts) of an image and `texts`."""
         return similarities
+
+    def text_truth(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Which of `texts` are true of each image, bool (N, texts)."""
+        return self.truth(labels, num_classes)
