@@ -23,7 +23,8 @@ from vpt.engine import train as training
 from vpt.engine.accelerator import processes
 from vpt.engine.decision import Decision, check_decision, fit_decision, resampled_figures
 from vpt.engine.epochs import Record
-from vpt.engine.evaluate import confusion, outputs, test_loader
+from vpt.engine.evaluate import confusion, predict, test_loader
+from vpt.engine.features import predict_cached
 from vpt.engine.figures import draw_confusion
 from vpt.engine.folder import RunFolder, default_folder
 from vpt.engine.progress import Log
@@ -62,8 +63,12 @@ class Prepared:
 
     def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and labels of `samples`."""
-        precision, workers = self.config.train.precision, self.config.data.workers
-        logits, labels = outputs(self.model, samples, precision, workers)
+        precision, folder = self.config.train.precision, self.config.engine.feature_cache
+        loader = test_loader(self.model, samples, self.config.data.workers)
+        if folder and self.model.frozen_features:
+            logits, labels = predict_cached(self.model, loader, precision, folder)
+        else:
+            logits, labels = predict(self.model, loader, precision)
         if not logits.isfinite().all():  # the very last step may be what breaks the prompt
             raise InputError(f"the logits of {self.folder.prompt} are not finite: lower train.lr")
         return logits, labels
