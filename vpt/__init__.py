@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from vpt import backbones
     from vpt.artifact import load, save
     from vpt.config import TrainConfig, recipe
-    from vpt.engine.evaluate import evaluate
-    from vpt.engine.train import fit
     from vpt.errors import InputError
+    from vpt.evaluation.evaluate import evaluate
     from vpt.methods import attach
+    from vpt.training.fit import fit
 
 __all__ = [
     "InputError",
@@ -31,8 +31,8 @@ _HOMES = {
     "InputError": "vpt.errors",
     "TrainConfig": "vpt.config",
     "attach": "vpt.methods",
-    "evaluate": "vpt.engine.evaluate",
-    "fit": "vpt.engine.train",
+    "evaluate": "vpt.evaluation.evaluate",
+    "fit": "vpt.training.fit",
     "load": "vpt.artifact",
     "recipe": "vpt.config",
     "save": "vpt.artifact",

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from vpt import backbones, methods, targets
 from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.data.transforms import Preprocess
-from vpt.errors import InputError
+from vpt.errors import InputError, nearest
+from vpt.files import write_atomically
 from vpt.resources import package_version
 from vpt.targets import Target
 
@@ -191,7 +190,8 @@ def _known(path: str | Path, kind: str, name: str, given: Any, names: Sequence[s
         raise InputError(f"{path}: its {kind} is {name}, not {given.name}: give {kind}={name}")
     if given is None and name not in names:
         raise InputError(
-            f"{path}: its {kind} {name} is not one of this package: give its class, {kind}=CLASS"
+            f"{path}: its {kind} {name} is not one of this package, but a class of somebody's own: "
+            f"give {kind}=CLASS{nearest(name, names)}"
         )
     return given or name
 
@@ -199,17 +199,6 @@ def _known(path: str | Path, kind: str, name: str, given: Any, names: Sequence[s
 def _differ(one: list[float], other: list[float]) -> bool:
     a, b = torch.tensor(one), torch.tensor(other)
     return bool((a - b).norm() > TOLERANCE * b.norm())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that a kill at any time leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -67,7 +67,7 @@ def train(
 ) -> None:
     """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES."""
     from vpt.config import load_run
-    from vpt.engine.run import run
+    from vpt.run import run
 
     _print_figures(run(load_run(config, overrides or []), resume=resume, log=_say))
 
@@ -81,7 +81,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Test an artefact on the held-out images of its data, or on other labelled images."""
-    from vpt.engine.apply import evaluate
+    from vpt.inference import evaluate
 
     _print_figures(evaluate(artefact, overrides or [], every=every, log=_say))
 
@@ -96,12 +96,12 @@ def predict(
     ] = None,
 ) -> None:
     """Classify images."""
-    from vpt.engine.apply import predict
+    from vpt.inference import predict
 
-    for prediction in predict(artefact, images, checkpoint):
+    for number, prediction in enumerate(predict(artefact, images, checkpoint, log=_say)):
+        if number == 0 and "notice" in prediction:
+            _say(prediction["notice"])
         print(json.dumps(prediction) if as_json else "\t".join(_columns(prediction)))
-    if notice := prediction.get("notice"):
-        _say(notice)
 
 
 @app.command()
@@ -126,13 +126,13 @@ def bench(
     With `speed`, time the engine against prompts as tokens instead.
     """
     if suite == "speed":
-        from vpt.bench import bench
+        from vpt.bench.speed_table import bench
 
         if overrides:
             raise InputError(f"{overrides[0]}: speed takes no KEY=VALUE: drop it")
         bench(out or Path("bench"), rounds, small, run)
         return
-    from vpt.suites import run_suite
+    from vpt.bench.run_suite import run_suite
 
     failed = run_suite(
         suite,
@@ -183,11 +183,11 @@ def explain(
             for words in rows:
                 print(f"{name}\t{' '.join(words)}")
         return
-    for record in explain_images(artefact, images, out, checkpoint):
+    for number, record in enumerate(explain_images(artefact, images, out, checkpoint, log=_say)):
+        if number == 0 and "notice" in record:
+            _say(record["notice"])
         areas = f"deletion {record['deletion_area']:.3f}, random {record['random_area']:.3f}"
         print(f"{record['path']}\t{record['class']}\t{areas}\t{record['figure']}")
-    if notice := record.get("notice"):
-        _say(notice)
 
 
 @app.command()
@@ -275,7 +275,7 @@ def _print_figure(name: str, value: Any) -> None:
     if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
         for key, part in value.items():
             _print_figure(f"{name}.{key}", part)
-    else:
+    elif value != {}:
         print(f"{name:20} {_text(value)}")
 
 

@@ -8,10 +8,11 @@ from tempfile import TemporaryDirectory
 import torch
 
 from vpt import artifact, backbones
-from vpt.config import BackboneConfig, Strict, apply_overrides, validate
-from vpt.engine.run import NOTICE
+from vpt.config import BackboneConfig, Strict, validate
 from vpt.errors import InputError
 from vpt.methods import Method
+from vpt.run import NOTICE
+from vpt.settings import apply_overrides
 
 try:
     import onnxruntime
@@ -38,7 +39,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Method:
     """
     _, metadata = artifact.read(path)
     own = {"backbone": artifact.backbone_settings(metadata)}
-    settings = validate(Settings, apply_overrides(own, overrides), where=str(path))
+    settings = validate(Settings, apply_overrides(Settings, own, overrides), where=str(path))
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     return artifact.load(path, backbone)
 

@@ -16,10 +16,12 @@ from vpt import artifact
 from vpt.config import RunConfig, load_run
 from vpt.data.fewshot import split_data
 from vpt.data.sources import open_source
-from vpt.engine.evaluate import confusion, outputs
-from vpt.engine.figures import save
-from vpt.engine.folder import RunFolder
-from vpt.engine.run import run
+from vpt.evaluation.evaluate import confusion, outputs
+from vpt.evaluation.lettering import labels as shown
+from vpt.evaluation.plots import save
+from vpt.files import write_atomically
+from vpt.folder import RunFolder
+from vpt.run import run
 
 METHODS = {  # run configuration digits_… → what the table calls it
     "zero_shot": "hand-written prompt (zero-shot)",
@@ -52,7 +54,7 @@ def quickstart(out: Path, seeds: int = 1) -> None:
         results[method, seed] = run(config, resume=True, log=lambda line: None)
     rows = [_summary(m, [results[m, s] for s in range(1, seeds + 1)]) for m in METHODS]
     summary = {"data": "digits", "backbone": "tiny_clip", "shots": 16, "seeds": seeds, "rows": rows}
-    artifact.write_atomically(out / "result.json", json.dumps(summary, indent=2).encode())
+    write_atomically(out / "result.json", json.dumps(summary, indent=2).encode())
     _draw(rows, configs["zero_shot", 1], configs["vpt_deep", 1], out / "figure.png")
     console.print(_table(rows, seeds))
     console.print(f"Artefacts, result.json and figure.png are in {out}/\n\n{NEXT}", highlight=False)
@@ -93,7 +95,7 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
     for config in (before, after):
         model = artifact.load(RunFolder(config.out).prompt)
         predictions[config.method.name], labels = outputs(model, split.test)
-    names = model.class_names
+    names = shown(model.class_names)
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[3, 1])
@@ -127,4 +129,4 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
         "What prompts add to the embedded tiny CLIP "
         f"(bottom: zero-shot → {METHODS[after.method.name]})"
     )
-    save(figure, path)
+    save(figure, path, model.class_names)

@@ -9,9 +9,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vpt
 from vpt.config import TrainConfig
-from vpt.engine.train import make_optimizer
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch, Head
+from vpt.training.fit import make_optimizer
 
 # every size, option and word is from a case's sidecar, so another variant may take its place
 VPT = cases("src/models/vit_prompt/vit.py")

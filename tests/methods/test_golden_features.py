@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import vpt
 from vpt.backbones.clip import Adapter
 from vpt.config import TrainConfig
-from vpt.engine.train import make_optimizer
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch
 from vpt.methods.prograd import agreeing
+from vpt.training.fit import make_optimizer
 
 
 @pytest.fixture

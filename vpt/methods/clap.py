@@ -37,7 +37,7 @@ class CLAP(ZSLP):
 
     def before_epoch(self, at: Epoch) -> None:
         """Before the first epoch, also of a resumed run, compute the penalties."""
-        if not self.computed:
+        if at.number == 0 or not self.computed:
             seen = at.features()
             self.penalties.copy_(self.confidence(seen.inputs, seen.labels))
             self.computed = True

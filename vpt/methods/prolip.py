@@ -55,7 +55,7 @@ class ProLIP(Templates):
         self.register_buffer("start", start, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.penalty = 1.0 if options.penalty is None else options.penalty
-        self.computed = options.penalty is not None
+        self.computed = False
 
     def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
         """Features (B, width) before the projection; after it where that is not linear."""
@@ -64,11 +64,13 @@ class ProLIP(Templates):
 
     def logits(self, features: Tensor) -> Tensor:
         """Scaled cosine similarities (B, C) of the projected features (B, width)."""
-        return super().logits(features @ self.weight + self.bias)
+        with torch.autocast(features.device.type, enabled=False):
+            projected = features.to(self.weight.dtype) @ self.weight + self.bias
+        return super().logits(projected)
 
     def before_epoch(self, at: Epoch) -> None:
         """Before the first epoch, also of a resumed run, compute the penalty."""
-        if not self.computed:
+        if self.options.penalty is None and (at.number == 0 or not self.computed):
             truth = self.target.text_truth(at.features().labels, len(self.class_names))
             counts = truth.sum(0).float()
             self.penalty = 1 / counts[counts > 0].mean().item()

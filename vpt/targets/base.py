@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from vpt.errors import InputError
+
 if TYPE_CHECKING:  # data are listed, and refused, before torch is needed
     from torch import Tensor
 
@@ -107,6 +109,14 @@ class Target:
 
     # Logits and labels
 
+    def conform(self, labels: Any, num_classes: int) -> Any:
+        """Labels of a batch from anybody's loader as this target has them, if they plainly are.
+
+        Raises:
+            InputError: they are not; says their shape and range.
+        """
+        return labels
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss, a scalar."""
         return self.losses(logits, labels).mean()
@@ -194,3 +204,24 @@ class Target:
     def text_truth(self, labels: Tensor, num_classes: int) -> Tensor:
         """Which of `texts` are true of each image, bool (N, texts)."""
         return self.truth(labels, num_classes)
+
+
+def misfit(labels: Tensor, mend: str) -> InputError:
+    """The refusal of a batch's labels, which says their shape and range."""
+    span = f", {labels.min():g} to {labels.max():g}" if labels.numel() else ""
+    return InputError(f"labels of shape {tuple(labels.shape)}{span}: {mend}")
+
+
+def as_tensor(labels: Any) -> Tensor:
+    """Labels as a loader gave them: a tensor, an array, or a list of numbers.
+
+    Raises:
+        InputError: something else, such as names.
+    """
+    import torch
+
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(labels[0] if isinstance(labels, Sequence) and labels else labels).__name__
+        raise InputError(f"labels are of type {kind}: give numbers in a tensor") from None
