@@ -136,6 +136,7 @@ def load(
         )
     except InputError as error:
         raise InputError(f"{path}: written by version {metadata['version']}: {error}") from None
+    model.make_room(tensors)
     own = model.artifact_tensors()
     if class_names is not None:
         if not model.takes_names:

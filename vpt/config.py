@@ -109,6 +109,7 @@ class TrainConfig(Strict):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)  # of adamw
     # cosine: linear warm-up from 0, then to 0 (KMnP/vpt). dassl: `warmup_lr` during warm-up, then
     # a cosine whose period is all epochs (Dassl). constant: `lr` throughout.
     schedule: Literal["cosine", "dassl", "constant"] = "cosine"
@@ -238,6 +239,7 @@ class SuiteConfig(Strict):
     shots: list[PositiveInt | None] = Field([16], min_length=1)
     seeds: list[Seed] = Field([1, 2, 3], min_length=1)
     split: Literal["train-test", "trainval-test"] = "train-test"
+    engine: EngineConfig = EngineConfig()
     settings: dict[str, dict[str, Any]] = {}  # METHOD[/DATA]: keys of its runs
     grid: dict[str, dict[str, dict[str, Values]]] = {}  # METHOD: section: key: values
     published: dict[str, list[Published]] = {}  # group of data sets: its means

@@ -23,7 +23,7 @@ from vpt.data.sources import Samples, Source, open_source
 from vpt.data.survey import Survey, check_images
 from vpt.errors import InputError
 from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_figures
-from vpt.evaluation.evaluate import confusion, outputs, test_loader
+from vpt.evaluation.evaluate import confusion, predict, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
@@ -32,6 +32,7 @@ from vpt.progress import Log
 from vpt.resources import package_version
 from vpt.training import fit as training
 from vpt.training.epochs import Record
+from vpt.training.features import predict_cached
 from vpt.training.fit import find_loss
 
 NOTICE = "Not for clinical use."  # with every result of medical data
@@ -64,8 +65,12 @@ class Prepared:
 
     def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and labels of `samples`."""
-        precision, workers = self.config.train.precision, self.config.data.workers
-        logits, labels = outputs(self.model, samples, precision, workers)
+        precision, folder = self.config.train.precision, self.config.engine.feature_cache
+        loader = test_loader(self.model, samples, self.config.data.workers)
+        if folder and self.model.frozen_features:
+            logits, labels = predict_cached(self.model, loader, precision, folder)
+        else:
+            logits, labels = predict(self.model, loader, precision)
         if not logits.isfinite().all():  # the very last step may be what breaks the prompt
             raise InputError(f"the logits of {self.folder.prompt} are not finite: lower train.lr")
         return logits, labels

@@ -128,13 +128,29 @@ class TestEveryMethod:
         model.eval()
         inputs = images(len(LABELS))
         loss, logits = model.loss(inputs, LABELS)
-        assert loss.item() == pytest.approx(
+        cached = Batch(model.features(inputs), LABELS, cached=True)
+        from_features, again, terms = model.step(cached, CrossEntropy(model.target))
+        added = loss - terms.get("cross_entropy", loss)  # of a method that adds to it
+        assert (loss - added).item() == pytest.approx(
             torch.nn.functional.cross_entropy(model(inputs), LABELS).item(), rel=1e-5
         )
-        cached = Batch(model.features(inputs), LABELS, cached=True)
-        from_features, again, _ = model.step(cached, CrossEntropy(model.target))
         close(from_features, loss)
         close(again, logits)
+
+
+def features_move(model):
+    """Tells if a change of a tensor changes the text features."""
+    given = model.features(images()).detach()
+
+    @torch.no_grad()
+    def moves(tensor):
+        before, kept = model.text_features(given), tensor.clone()
+        tensor.add_(torch.randn_like(tensor))
+        moved = not torch.equal(model.text_features(given), before)
+        tensor.copy_(kept)
+        return moved
+
+    return moves
 
 
 @pytest.mark.parametrize("method", methods.names())
@@ -143,7 +159,8 @@ def test_every_method_gives_its_text_features_head_or_prompts(method):
     if getattr(model, "head", None) is None:
         features = model.text_features(model.features(images()))
         assert features.shape[-2:] == (len(NAMES), model.backbone.feature_dim)
-        assert features.requires_grad == (getattr(model, "context", None) is not None)
+        learned = any(map(features_move(model), model.tunable_parameters().values()))
+        assert features.requires_grad == learned
     else:
         assert isinstance(model.head, torch.nn.Linear)
 

@@ -144,6 +144,7 @@ def _setting(
     config = compose(
         method,
         {"backbone": {"name": suite.backbone.name, "checkpoint": _checkpoint(suite)}},
+        {"engine": suite.engine.model_dump(mode="json", exclude_unset=True)},
         suite.settings.get(method, {}),
         suite.settings.get(f"{method}/{data}", {}),
         point,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
-from vpt.methods import zero_shot
+from vpt.methods._templates import TemplateOptions
 from vpt.methods._text import embed_classes
 from vpt.methods.base import Epoch, Head, Method
 from vpt.methods.linear_probe import solve_head
 
 
-class Options(zero_shot.Options):
+class Options(TemplateOptions):
     """Options of pixel prompts; `templates` count where there is a text tower."""
 
     shape: Literal["border", "patch"] = "border"  # patch: at the top left

@@ -256,7 +256,7 @@ def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-    return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.lr, eps=config.eps, weight_decay=config.weight_decay)
 
 
 def _record(model: Method, logits: Tensor, labels: Tensor, begin: float) -> Record:
