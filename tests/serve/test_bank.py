@@ -62,6 +62,10 @@ def everything(request, tmp_path_factory):
             backbone, "vpt_deep", folder, 9 + count, num_tokens=count, layers=layers
         )
     paths["vpt_shallow-9"] = artefact(backbone, "vpt_shallow", folder, 9, gated=True)
+    if request.param == "clip":  # alike but for what no tensor says
+        paths["tip_adapter-6"] = artefact(backbone, "tip_adapter", folder, 6, alpha=3.0)
+        paths["coop-6"] = artefact(backbone, "coop", folder, 6, multilabel=True)
+        paths["zero_shot-6"] = artefact(backbone, "zero_shot", folder, 6, templates=["one {}."])
     yield backbone, paths
     torch.set_default_dtype(torch.float32)
 
