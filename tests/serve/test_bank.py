@@ -319,6 +319,7 @@ class Sizes(dict):
 
 def storages():
     """Bytes of all tensors in this process, by their storage."""
+    gc.collect()
     tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
     parts = (each.untyped_storage() for each in tensors)
     return Sizes({part.data_ptr(): part.nbytes() for part in parts})

@@ -181,7 +181,9 @@ class Method(nn.Module):
 
         Others read outputs of prompts (`Backbone.tokens`).
         """
-        return self.project(self.backbone.pooled(images, prompts))
+        if self.overrides("project"):
+            return self.project(self.backbone.pooled(images, prompts))
+        return self.backbone(images, prompts)
 
     def project(self, pooled: Tensor) -> Tensor:
         """Features (B, feature_dim) of the tower's pooled outputs (B, …): by its own projection."""
