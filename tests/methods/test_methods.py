@@ -144,7 +144,7 @@ def features_move(model):
 
     @torch.no_grad()
     def moves(tensor):
-        before, kept = model.text_features(given), tensor.clone()
+        before, kept = model.text_features(given).clone(), tensor.clone()
         tensor.add_(torch.randn_like(tensor))
         moved = not torch.equal(model.text_features(given), before)
         tensor.copy_(kept)
