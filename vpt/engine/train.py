@@ -285,6 +285,6 @@ def _write_checkpoint(
     path: Path, model: Method, optimizer: torch.optim.Optimizer, history: list[Record]
 ) -> None:
     buffer = io.BytesIO()
-    state = {"model": model.artifact_tensors(), "optimizer": optimizer.state_dict()}
+    state = {"model": model.training_tensors(), "optimizer": optimizer.state_dict()}
     torch.save({**state, "history": history}, buffer)
     write_atomically(path, buffer.getvalue())

@@ -215,6 +215,10 @@ class Method(nn.Module):
             if name in tunable or not name.startswith("backbone.")
         }
 
+    def training_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint of unfinished training stores of the method."""
+        return self.artifact_tensors()
+
     def fold(self) -> "Method":
         """The inference form: a frozen view with all that no image changes computed once."""
         folded = share(self)

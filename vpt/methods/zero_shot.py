@@ -2,27 +2,19 @@
 
 from collections.abc import Sequence
 
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
+from vpt.methods._templates import Templates
 from vpt.methods._text import ClassEmbeddings, embed_classes
 
 
 class Options(Strict):
     """Options of zero-shot classification."""
 
-    templates: list[str] = Field(["a photo of a {}."], min_length=1)
-
-    @field_validator("templates")
-    @classmethod
-    def _one_name(cls, templates: list[str]) -> list[str]:
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} needs {{}} once, for the class name")
-        return templates
+    templates: Templates = ["a photo of a {}."]  # noqa: RUF012
 
 
 class ZeroShot(ClassEmbeddings):

@@ -111,6 +111,13 @@ class Target:
         """Loss of each image (N,)."""
         raise NotImplementedError
 
+    def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Kullback-Leibler divergence from the probabilities of `teacher` to those of `logits`.
+
+        Of logits (B, C) both; divided by B · C, a scalar.
+        """
+        raise NotImplementedError
+
     def num_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Number of right predictions, a scalar in float32."""
         raise NotImplementedError

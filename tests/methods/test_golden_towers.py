@@ -1,0 +1,114 @@
+"""Methods through CLIP's towers against numbers of the official implementations."""
+
+import pytest
+import torch
+from golden_case import Case, assert_close
+from torch.nn.functional import normalize
+
+import vpt
+from vpt.config import TrainConfig
+from vpt.engine.train import make_optimizer
+from vpt.losses.cross_entropy import CrossEntropy
+from vpt.methods.base import Batch
+from vpt.methods.promptsrc import epoch_weights
+
+EXACT = pytest.mark.parametrize("exact_tokens", [False, True])
+
+
+def step(case, model):
+    images = case["input.images"]
+    with torch.no_grad():
+        batch = Batch(images, case["input.labels"], model.frozen_columns(images))
+    return model.step(batch, CrossEntropy(model.target))
+
+
+def check_training(case, model, grads, final, terms=()):
+    """Loss, its terms (by the case's names), gradients, and five optimiser steps on one batch."""
+    settings = case.config["optimiser"]
+    config = TrainConfig(
+        optimizer=settings["type"].lower(), lr=settings["lr"], weight_decay=settings["weight_decay"]
+    )
+    optimizer = make_optimizer(model, config)
+    model.train()
+    for number in range(settings["steps"]):
+        found = step(case, model)
+        assert_close(found.total, case["expected.step_losses"][number], 1e-4)
+        found.total.backward()
+        if number == 0:
+            for name, theirs in dict(terms).items():
+                assert_close(found.terms[name], case[theirs])
+            assert grads.keys() == model.tunable_parameters().keys()
+            for name, parameter in model.tunable_parameters().items():
+                assert_close(parameter.grad, grads[name], 5e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.tunable_parameters().items():
+        assert_close(parameter, final[name], 1e-4)
+    model.eval()
+
+
+def promptsrc_tensors(case, prefix):
+    tensors = case.under(prefix)
+    deep = {
+        kind: [tensors[n] for n in sorted(tensors) if n.startswith(f"{kind}_deep_ctx")]
+        for kind in ("text", "visual")
+    }
+    return {
+        "context": tensors["ctx"],
+        "text_prompts": torch.stack(deep["text"]),
+        "prompts": torch.stack([tensors["visual_ctx"], *deep["visual"]]),
+    }
+
+
+def promptsrc():
+    case = Case("promptsrc")
+    prompt = case.config["prompt"]
+    model = vpt.attach(
+        case.backbone(),
+        "promptsrc",
+        class_names=case.config["classnames"],
+        num_tokens=prompt["n_ctx_text"],
+        text_depth=prompt["depth_text"],
+        num_image_tokens=prompt["n_ctx_vision"],
+        image_depth=prompt["depth_vision"],
+        init=prompt["ctx_init"],
+    )
+    init = promptsrc_tensors(case, "init.")
+    assert init.keys() == model.tunable_parameters().keys() == model.artifact_tensors().keys()
+    model.load_state_dict(init, strict=False)
+    return case, model
+
+
+@EXACT
+def test_promptsrc(exact_tokens):
+    case, model = promptsrc()
+    model.backbone.exact_tokens = exact_tokens
+    inputs = case["input.images"]
+    assert_close(model(inputs), case["expected.logits"])
+    step(case, model)
+    assert_close(model.teacher_texts, case["expected.teacher_text_features"])
+    teacher = model.frozen_columns(inputs)["teacher"]
+    assert_close(normalize(teacher, dim=-1), case["expected.teacher_image_features"])
+    terms = {"classification": "ce", "text": "text", "image": "image", "logits": "logits"}
+    check_training(
+        case,
+        model,
+        promptsrc_tensors(case, "grad."),
+        promptsrc_tensors(case, "final."),
+        {ours: f"expected.loss_{theirs}" for ours, theirs in terms.items()},
+    )
+    assert_close(model(inputs), case["expected.logits_after"], 1e-4)
+
+
+def test_weights_of_promptsrc_over_epochs():
+    case = Case("promptsrc")
+    settings = case.config["gpa"]
+    others = settings["other_settings"].items()
+    rows = [((settings["epochs"], settings["mean"], settings["std"]), settings["weights"])]
+    rows += [(tuple(map(int, name.split(","))), weights) for name, weights in others]
+    for (count, mean, std), expected in rows:
+        assert epoch_weights(count, mean, std) == pytest.approx(expected, rel=1e-9, abs=1e-40)
+    weights = torch.tensor(epoch_weights(20, 15, 1), dtype=torch.float32)
+    sequence = case["input.gpa_sequence"]
+    assert_close(torch.einsum("e,eij->ij", weights, sequence), case["expected.gpa_result"])
+    assert epoch_weights(5, 500, 1)[-1] == pytest.approx(1)  # far off, yet a mean
