@@ -25,13 +25,11 @@ def vit(seed=0, **kwargs):
     return perturb(model)
 
 
-def clip(seed=0, embed_dim=16):
+def clip(seed=0, embed_dim=16, layers=2):
     torch.manual_seed(seed)
-    model = open_clip.CLIP(
-        embed_dim=embed_dim,
-        vision_cfg={"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-        text_cfg={"context_length": 24, "width": 16, "heads": 2, "layers": 2},
-    )
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16}
+    text = {"context_length": 24, "width": 16, "heads": 2}
+    model = open_clip.CLIP(embed_dim, {**vision, "layers": layers}, {**text, "layers": layers})
     return perturb(model)
 
 

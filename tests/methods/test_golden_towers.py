@@ -1,5 +1,7 @@
 """Methods through CLIP's towers against numbers of the official implementations."""
 
+import re
+
 import pytest
 import torch
 from golden_case import Case, assert_close
@@ -112,3 +114,87 @@ def test_weights_of_promptsrc_over_epochs():
     sequence = case["input.gpa_sequence"]
     assert_close(torch.einsum("e,eij->ij", weights, sequence), case["expected.gpa_result"])
     assert epoch_weights(5, 500, 1)[-1] == pytest.approx(1)  # far off, yet a mean
+
+
+MMRL = {"mmrl": "mmrl", "mmrlpp": "mmrlpp", "alignednorm": "mmrlpp"}  # case → method
+
+
+def mmrl_tensors(case, prefix):
+    """The case's tensors under the names of this package."""
+    tensors = case.under(prefix)
+    named = {"representations": tensors["rep_tokens"]}
+    for side, maps in {"vision": "image_maps", "text": "text_maps"}.items():
+        for theirs, ours in {"weight": "weight", "A": "left", "B": "right", "bias": "bias"}.items():
+            pattern = re.compile(rf"{side}_proj\.\d+\.{theirs}")
+            layers = [tensors[n] for n in sorted(tensors) if pattern.fullmatch(n)]
+            if layers:
+                named[f"{maps}.{ours}"] = torch.stack(layers)
+        if f"{side}_proj.weight" in tensors:
+            named[f"{maps}.weight"] = tensors[f"{side}_proj.weight"][None]
+    if "proj_rep" in tensors:
+        return named | {"projection.weight": tensors["proj_rep"]}
+    left, right = (tensors[f"proj_rep.{factor}"] for factor in "AB")
+    return named | {"projection.left": left, "projection.right": right}
+
+
+def mmrl(name):
+    case = Case(name)
+    prompt, config = case.config["prompt"], case.config["config"]
+    backbone = case.backbone()
+    with torch.no_grad():
+        backbone.logit_scale.fill_(100).log_()  # a constant there
+    options = {"beta": prompt["beta"], "rank": prompt["rank"]} if "beta" in prompt else {}
+    if "proj_rank" in prompt:
+        options["projection_rank"] = prompt["proj_rank"]
+    if "final_norm" in config:
+        options |= {"final_norm": config["final_norm"], "sequence_norm": config["seq_norm"]}
+    model = vpt.attach(
+        backbone,
+        MMRL[name],
+        class_names=case.config["classnames"],
+        num_tokens=prompt["n_rep_tokens"],
+        dim=prompt["rep_dim"],
+        first_block=prompt["rep_layers"][0],
+        alpha=config["alpha"],
+        weight=config["reg_weight"],
+        templates=[prompt["prompt_text"][1].replace(case.config["classnames"][1], "{}")],
+        **options,
+    )
+    init = mmrl_tensors(case, "init.")
+    assert init.keys() == model.tunable_parameters().keys() == model.artifact_tensors().keys()
+    model.load_state_dict(init, strict=False)
+    return case, model
+
+
+@EXACT
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", MMRL)
+def test_mmrl(name, cached, exact_tokens):
+    case, model = mmrl(name)
+    model.backbone.exact_tokens = exact_tokens
+    model.options = model.options.model_copy(update={"cache_blocks": cached})
+    inputs = case["input.images"]
+    assert ("lower" in model.frozen_columns(inputs)) == cached
+    for side, maps in {"vision": model.image_maps, "text": model.text_maps}.items():
+        for number, tokens in enumerate(maps(model.representations)):
+            assert_close(tokens, case[f"expected.{side}_tokens.{number}"])
+    own, tokens = model.features(inputs).chunk(2, 1)
+    assert_close(normalize(own, dim=-1), case["expected.image_features"])
+    assert_close(normalize(tokens, dim=-1), case["expected.image_features_rep"])
+    texts = model.text_features()
+    assert_close(normalize(texts, dim=-1), case["expected.text_features"])
+    assert_close(model.similarities(own, texts), case["expected.logits"])
+    assert_close(model.similarities(tokens, texts), case["expected.logits_rep"])
+    assert_close(model(inputs), case["expected.logits_fusion"])
+    assert_close(model.teacher_texts, case["expected.text_features_unprompted"])
+    teacher = model.frozen_columns(inputs)["teacher"]
+    assert_close(teacher, case["expected.image_features_unprompted"])
+    found, config = step(case, model), case.config["config"]
+    factors = [config["alpha"], 1 - config["alpha"], config["reg_weight"], config["reg_weight"]]
+    factors += [config[key] for key in ("final_norm", "seq_norm") if key in config]
+    terms = case["expected.step_loss_terms"][0]
+    for factor, ours, theirs in zip(factors, found.terms.values(), terms, strict=True):
+        assert_close(ours, factor * theirs, 5e-5)
+    check_training(case, model, mmrl_tensors(case, "grad."), mmrl_tensors(case, "final."))
+    assert_close(model(inputs), case["expected.logits_fusion_after"], 1e-4)
+    assert_close(model.fold()(inputs), case["expected.logits_fusion_after"], 1e-4)

@@ -146,7 +146,11 @@ def test_every_method_gives_its_text_features_head_or_prompts(method):
     if getattr(model, "head", None) is None:
         features = model.text_features(model.features(images()))
         assert features.shape[-2:] == (len(NAMES), model.backbone.feature_dim)
-        assert features.requires_grad == (getattr(model, "context", None) is not None)
+        with torch.no_grad():
+            for parameter in model.tunable_parameters().values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            changed = not torch.equal(model.text_features(model.features(images())), features)
+        assert features.requires_grad == changed
     else:
         assert isinstance(model.head, torch.nn.Linear)
 

@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+Watch = Callable[[int, Tensor, Tensor], None]
+
+
 class Tokens(NamedTuple):
     """Outputs of the last block after the final norm, each (B, N, width)."""
 
@@ -190,17 +193,38 @@ class Backbone(nn.Module):
         """Features before the projection (B, …); the arguments are those of `forward`."""
         return self.pool(self._run(images, prompts))
 
-    def tokens(self, images: Tensor, prompts: Prompts | None = None) -> Tokens:
+    def tokens(
+        self,
+        images: Tensor,
+        prompts: Prompts | None = None,
+        begin: int = 0,
+        watch: Watch | None = None,
+    ) -> Tokens:
         """Outputs of all tokens after the final norm; those of prompts where `prompts.read` is set.
 
         A mixed batch has as many prompts as its longest set; `prompts.sets[-1].mask` says whose
         are whose.
+
+        Args:
+            images: (B, 3, H, W), or from `until` the tokens that enter block `begin`.
+            prompts: of blocks from `begin` on.
+            begin: the first block to run.
+            watch: called after each block with its number, prefix tokens and prompts.
         """
         outputs: list[Tensor] = []
-        tokens = self.final_norm(self._run(images, prompts, outputs=outputs))
+        tokens = self.final_norm(
+            self._run(images, prompts, outputs=outputs, begin=begin, watch=watch)
+        )
         prefix = self.num_prefix_tokens
         read = self.final_norm(outputs[0]) if outputs else tokens[:, :0]
         return Tokens(tokens[:, :prefix], read, tokens[:, prefix:])
+
+    def until(self, images: Tensor, end: int) -> Tensor:
+        """Tokens (B, N, width) of images that enter block `end`, without prompts."""
+        tokens = self.embed(images)
+        for index in range(end):
+            tokens = self.block(index, self.enter(index, tokens, 0))
+        return tokens
 
     def feature_maps(
         self,
@@ -244,10 +268,12 @@ class Backbone(nn.Module):
         prompts: Prompts | None,
         maps: dict[int, Tensor] | None = None,
         outputs: list[Tensor] | None = None,
+        begin: int = 0,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Tokens after the last block, without prompts, whose own outputs `outputs` takes.
 
-        `maps` takes the feature maps.
+        `maps` takes the feature maps; `begin` and `watch` are as in `tokens`.
         """
         prompts = prompts or Prompts([], [])
         if prompts.mixed and not self._fast:
@@ -255,8 +281,8 @@ class Backbone(nn.Module):
         at_end = self._fast or self.appends_prompts
         at_end = at_end or prompts.gates is not None or prompts.mix is not None
         flow = Flow(self, prompts, prepend=prompts.position == "prepend" and not at_end)
-        tokens = self.embed(images)
-        for index in range(self.num_layers):
+        tokens = images if begin else self.embed(images)
+        for index in range(begin, self.num_layers):
             tokens, seen = flow.enter(index, tokens)
             queries = None
             if self._fast and index == self.num_layers - 1 and not (flow.count and prompts.read):
@@ -265,6 +291,8 @@ class Backbone(nn.Module):
                 queries = count if all_read else self.readout_tokens or count
                 flow.count = 0
             tokens = self.remember(self.block, index, tokens, seen, queries)
+            if watch is not None:
+                watch(index, tokens[:, : self.num_prefix_tokens], flow.among(tokens))
             tokens = flow.leave(index, tokens)
             if maps is not None:
                 patches = flow.strip(tokens)[:, self.num_prefix_tokens :]
