@@ -198,3 +198,56 @@ def test_mmrl(name, cached, exact_tokens):
     check_training(case, model, mmrl_tensors(case, "grad."), mmrl_tensors(case, "final."))
     assert_close(model(inputs), case["expected.logits_fusion_after"], 1e-4)
     assert_close(model.fold()(inputs), case["expected.logits_fusion_after"], 1e-4)
+
+
+SIDES = {"vision": "image_changes", "text": "text_changes"}
+PARTS = [["q", "k", "v"], ["o"], ["fc1"], ["fc2"]]
+
+
+def svd_tensors(case, prefix):
+    """Of each changed layer (parts, rank), under the names of this package."""
+    tensors, named = case.under(prefix), {}
+    for side, changes in SIDES.items():
+        blocks = range(len({n.split(".")[1] for n in tensors if n.startswith(side)}))
+        layers = [[f"{side}.{b}.{part}" for part in parts] for b in blocks for parts in PARTS]
+        for number, parts in enumerate(layers):
+            stacked = torch.stack([tensors[name] for name in parts])
+            named[f"{changes}.{number}.differences"] = stacked
+    return named
+
+
+def test_clip_svd():
+    case = Case("clip_svd")
+    backbone = case.backbone()
+    with torch.no_grad():
+        backbone.logit_scale.fill_(100).log_()  # a constant there
+    names = case.config["classnames"]
+    template = case.config["prompt"]["prompt_text"][1].replace(names[1], "{}")
+    model = vpt.attach(backbone, "clip_svd", class_names=names, templates=[template])
+    start, grads, final = (svd_tensors(case, part) for part in ("init.", "grad.", "final."))
+    assert start.keys() == model.tunable_parameters().keys() == model.artifact_tensors().keys()
+    inputs, settings = case["input.images"], case.config["optimiser"]
+    features, texts = model.features(inputs), model.text_features()
+    assert_close(normalize(features, dim=-1), case["expected.image_features"])
+    assert_close(normalize(texts, dim=-1), case["expected.text_features"])
+    assert_close(model(inputs), case["expected.logits"])
+    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0)
+    decay = settings["lr"] * settings["weight_decay"]
+    for number in range(settings["steps"]):
+        found = step(case, model)
+        assert_close(found.total, case["expected.step_losses"][number], 1e-4)
+        optimizer.zero_grad()
+        found.total.backward()
+        for name, parameter in model.tunable_parameters().items():
+            if number == 0:
+                assert_close(parameter.grad, grads[name], 5e-5)
+            with torch.no_grad():  # the original decays singular values, not their differences
+                parameter.sub_(decay * (start[name] + parameter))
+        optimizer.step()
+    for name, parameter in model.tunable_parameters().items():
+        assert_close(start[name] + parameter, final[name], 1e-4)
+    assert_close(model.eval()(inputs), case["expected.logits_after"], 1e-4)
+    folded = model.fold()
+    assert_close(folded(inputs), case["expected.logits_after"], 1e-4)
+    weight = folded.backbone.model.visual.transformer.resblocks[0].mlp.c_fc.weight
+    assert_close(weight, case["expected.merged_weight.vision.0.fc1"], 1e-4)

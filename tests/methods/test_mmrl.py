@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from families import MODELS, timm_clip, timm_model
+from timm.models.vision_transformer import VisionTransformer
 from tiny import attach, clip, images, vit
 
 import vpt
@@ -36,15 +38,21 @@ def test_mmrl_is_the_case_of_maps_apart_that_overwrite():
 
 def test_the_new_branch_starts_at_the_towers_own_projection():
     model = attach(clip(), "mmrlpp").eval()
-    frozen = model.backbone.model.visual.proj
+    frozen = model.own_projection
+    assert torch.equal(frozen, model.backbone.model.visual.proj)
     assert torch.equal(model.projection(frozen), frozen)
 
 
-def test_towers_without_a_linear_projection_are_refused():
+def test_on_a_timm_tower_the_class_token_is_read_as_the_tower_does():
+    model = attach(timm_clip(timm_model(VisionTransformer, num_classes=0), embed_dim=32), "mmrl")
+    inputs = images(size=model.backbone.preprocess.image_size)
+    teacher = model.frozen_columns(inputs)["teacher"]
+    torch.testing.assert_close(teacher, model.backbone(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_towers_without_a_class_token_or_a_linear_projection_are_refused():
     with pytest.raises(InputError, match="mmrl needs a CLIP"):
         vpt.attach(vit(), "mmrl", class_names=["a", "b"])
-    backbone = clip()
-    backbone.visual.proj = None
-    with pytest.raises(InputError, match="mmrl needs an image tower of open_clip") as caught:
-        attach(backbone, "mmrl")
+    with pytest.raises(InputError, match="read at its class token and projected") as caught:
+        attach(MODELS["clip_average"](), "mmrl")
     assert "\n" not in str(caught.value)

@@ -63,15 +63,16 @@ class MMRLpp(ImagePrompts, ClassEmbeddings):
         """As every method.
 
         Raises:
-            InputError: an image tower without class token or linear projection.
+            InputError: an image tower that is not read at its class token, linearly.
         """
         super().__init__(backbone, class_names, options, tokenizer)
-        own = getattr(backbone.model.visual, "proj", None)
-        if backbone.readout_tokens != 1 or not isinstance(own, Tensor):
+        own = linear_projection(backbone) if backbone.readout_tokens == 1 else None
+        if own is None:
             raise InputError(
-                f"{self.name} needs an image tower of open_clip's own that is read at its class "
-                "token and projected linearly: take promptsrc"
+                f"{self.name} needs an image tower that is read at its class token and projected "
+                "linearly, without a bias: take promptsrc"
             )
+        self.register_buffer("own_projection", own, persistent=False)
         self.first = min(options.first_block, backbone.num_layers) - 1
         text_first = min(options.first_block, backbone.text.num_layers) - 1
         self.representations = nn.Parameter(0.02 * torch.randn(options.num_tokens, options.dim))
@@ -114,7 +115,7 @@ class MMRLpp(ImagePrompts, ClassEmbeddings):
         return self._project(*self.backbone.tokens(images, prompts)[:2])
 
     def _project(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        projection = self.projection(self.backbone.model.visual.proj)
+        projection = self.projection(self.own_projection)
         parts = self.backbone.project(prefix[:, 0]), tokens.mean(1) @ projection
         return torch.cat(parts, 1)
 
@@ -204,6 +205,16 @@ class Projection(nn.Module):
     def forward(self, frozen: Tensor) -> Tensor:
         """The projection (width, dim) where the tower's own is `frozen`."""
         return frozen + self.left @ self.right if self.weight is None else self.weight
+
+
+@torch.no_grad()
+def linear_projection(backbone: Adapter) -> Tensor | None:
+    """The matrix (width, feature_dim) that projects pooled features; None: another function."""
+    scale = backbone.model.logit_scale
+    unit = torch.eye(backbone.width, dtype=scale.dtype, device=scale.device)
+    projection = backbone.project(unit)
+    is_odd = torch.allclose(backbone.project(-2 * unit), -2 * projection, atol=1e-5)
+    return projection if is_odd else None
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
