@@ -72,7 +72,7 @@ def trained(kind, method, options):
     before = {name: tensor.clone() for name, tensor in model.tunable_parameters().items()}
     inputs, labels = images(8), torch.tensor([0, 1, 2, 2, 0, 1, 1, 0])
     inputs[range(8), labels] += 2  # a colour tells the class
-    if model.target.name == "multilabel":
+    if not model.target.exclusive:
         labels = torch.stack([labels == 0, labels > 0, labels != 1], 1).long()
     data = DataLoader(TensorDataset(inputs, labels), 4)
     vpt.fit(model, data, config={"epochs": 4, "lr": 0.05, "schedule": "constant"})

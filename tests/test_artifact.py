@@ -182,7 +182,7 @@ def rewrite(path, **changes):
         ({"format": 99}, "format 99"),
         ({"options": {"num_tokens": 4, "layers": [1]}}, "tensors are not those"),
         ({"method": "vpt_shallow"}, "layers"),
-        ({"method": "vpt_dep"}, "vpt_deep"),
+        ({"method": "vpt_dep"}, "vpt_dep is not one of this package: give its class"),
         ({"options": {"num_token": 3}}, "num_tokens"),
         ({"class_names": ["a", "b", "c"]}, "tensors are not those"),
     ],

@@ -247,6 +247,27 @@ def test_every_kind_of_image(tmp_path, good):
     assert len(good("predict", run / "prompt.safetensors", root).splitlines()) == 16
 
 
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_one_bad_file_of_many_is_left_out_and_named(tmp_path, good, cli, command):
+    images, run = write_folder(tmp_path / "pets"), tmp_path / "run"
+    good("train", "linear_probe", *FAST, f"data.root={images}", f"out={run}")
+    artefact = run / "prompt.safetensors"
+    options = ["--out", tmp_path / "out"] if command == "explain" else []
+    files = sorted((images / "cat").iterdir())
+    expected = good(command, artefact, *files[1:], *options).splitlines()
+    files[0].write_bytes(files[0].read_bytes()[:60])
+    missing = images / "missing.png"
+    code, out, err = cli(command, artefact, *files[:3], missing, *files[3:], *options)
+    assert code == 1
+    assert out.splitlines() == expected
+    first, second, last = err.splitlines()
+    assert first.startswith(f"{files[0]}: left out, it can't be read (")
+    assert second == f"{missing}: left out, it can't be read (No such file or directory)"
+    assert last.startswith(f"vpt: 2 of 6 images can't be read: {files[0]} (")
+    code, out, err = cli(command, artefact, files[0], missing, *options)  # nothing is left
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
 def test_the_default_run_folder_says_what_ran(tmp_path, good, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "pets")

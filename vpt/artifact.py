@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vpt import backbones, methods
+from vpt import backbones, methods, targets
+from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.data.transforms import Preprocess
-from vpt.errors import InputError
+from vpt.errors import InputError, nearest
+from vpt.resources import package_version
 from vpt.targets import Target
 
 FORMAT = 1
@@ -100,7 +101,8 @@ def load(
     backbone: nn.Module | None = None,
     class_names: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
-    target: Target | type[Target] | None = None,
+    method: type[methods.Method] | None = None,
+    target: type[Target] | Target | None = None,
 ) -> methods.Method:
     """The prompted model of an artefact, in eval mode; its metadata is `model.metadata`.
 
@@ -110,41 +112,27 @@ def load(
         class_names: in place of those it was trained on; for a method that learned nothing of
             single classes.
         tokenizer: where the model was attached with one of its own.
-        target: where it was attached with one from outside this package.
+        method: the class, where it was attached with one from outside this package: nothing is
+            imported because an artefact names it.
+        target: the same of the labels' kind.
 
     Raises:
         InputError: as `read`; another backbone than the one it was trained on; one that the
-            artefact cannot name; `class_names` for a method that belongs to its classes.
+            artefact cannot name; `class_names` for a method that belongs to its classes; a method
+            or target from outside this package that is not given, or another than the artefact's.
     """
     tensors, metadata = read(path)
-    made_for = metadata["backbone"]
-    if backbone is None:
-        if made_for["name"] is None:
-            raise InputError(
-                f"{path}: does not know its backbone's name: give backbone=MODEL to vpt.load"
-            )
-        backbone = backbones.load(made_for["name"], made_for["checkpoint"])
-    adapted = backbones.adapt(backbone)
-    if adapted.fingerprint() != made_for["fingerprint"]:
-        raise InputError(
-            f"{path}: made for backbone {made_for['name'] or 'unnamed'} with fingerprint "
-            f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
-            "give the backbone that it was trained on"
-        )
-    adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
-    if "answer" in made_for and _differ(adapted.answer(), made_for["answer"]):
-        raise InputError(
-            f"{path}: made for a backbone of these weights but another architecture, such as "
-            "another activation or pooling: give the backbone that it was trained on"
-        )
+    method = _known(path, "method", metadata["method"], method, methods.names())
+    kind = "multilabel" if metadata.get("multilabel") else "multiclass"
+    target = _known(path, "target", metadata.get("target", kind), target, targets.names())
+    adapted = _backbone(path, metadata, backbone)
     try:
         model = methods.attach(
             adapted,
-            metadata["method"],
+            method,
             class_names=metadata["class_names"] if class_names is None else class_names,
             tokenizer=tokenizer,
-            multilabel=metadata.get("multilabel", False),
-            target=target or metadata.get("target"),
+            target=target,
             **metadata["options"],
         )
     except InputError as error:
@@ -171,6 +159,43 @@ def load(
     return model.eval()
 
 
+def _backbone(path: str | Path, metadata: dict[str, Any], backbone: nn.Module | None) -> Backbone:
+    """The backbone of an artefact, given or loaded by its name, checked to be the one."""
+    made_for = metadata["backbone"]
+    if backbone is None:
+        if made_for["name"] is None:
+            raise InputError(
+                f"{path}: does not know its backbone's name: give backbone=MODEL to vpt.load"
+            )
+        backbone = backbones.load(made_for["name"], made_for["checkpoint"])
+    adapted = backbones.adapt(backbone)
+    if adapted.fingerprint() != made_for["fingerprint"]:
+        raise InputError(
+            f"{path}: made for backbone {made_for['name'] or 'unnamed'} with fingerprint "
+            f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
+            "give the backbone that it was trained on"
+        )
+    adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
+    if "answer" in made_for and _differ(adapted.answer(), made_for["answer"]):
+        raise InputError(
+            f"{path}: made for a backbone of these weights but another architecture, such as "
+            "another activation or pooling: give the backbone that it was trained on"
+        )
+    return adapted
+
+
+def _known(path: str | Path, kind: str, name: str, given: Any, names: Sequence[str]) -> Any:
+    """The class `given`, or a name of this package."""
+    if given is not None and given.name != name:
+        raise InputError(f"{path}: its {kind} is {name}, not {given.name}: give {kind}={name}")
+    if given is None and name not in names:
+        raise InputError(
+            f"{path}: its {kind} {name} is not one of this package, but a class of somebody's own: "
+            f"give {kind}=CLASS{nearest(name, names)}"
+        )
+    return given or name
+
+
 def _differ(one: list[float], other: list[float]) -> bool:
     a, b = torch.tensor(one), torch.tensor(other)
     return bool((a - b).norm() > TOLERANCE * b.norm())
@@ -185,14 +210,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def package_version() -> str:
-    """This package's version, or `unknown` where it is not installed."""
-    try:
-        return version("visual-prompt-tuning")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from vpt.errors import InputError
+from vpt.resources import package_version
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 app = typer.Typer(
-    help="Learnable prompts for frozen vision transformers and CLIP.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,11 +26,26 @@ Overrides = Annotated[
 Artefact = Annotated[Path, typer.Argument(help="A prompt.safetensors that `vpt train` wrote.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(package_version())
+        raise typer.Exit
+
+
 class Engine(StrEnum):
     """What does the runs of a suite."""
 
     local = "local"
     ray = "ray"
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Learnable prompts for frozen vision transformers and CLIP."""
 
 
 @app.command()
@@ -83,10 +98,10 @@ def predict(
     """Classify images."""
     from vpt.engine.apply import predict
 
-    for prediction in predict(artefact, images, checkpoint):
+    for number, prediction in enumerate(predict(artefact, images, checkpoint, log=_say)):
+        if number == 0 and "notice" in prediction:
+            _say(prediction["notice"])
         print(json.dumps(prediction) if as_json else "\t".join(_columns(prediction)))
-    if notice := prediction.get("notice"):
-        _say(notice)
 
 
 @app.command()
@@ -168,11 +183,11 @@ def explain(
             for words in rows:
                 print(f"{name}\t{' '.join(words)}")
         return
-    for record in explain_images(artefact, images, out, checkpoint):
+    for number, record in enumerate(explain_images(artefact, images, out, checkpoint, log=_say)):
+        if number == 0 and "notice" in record:
+            _say(record["notice"])
         areas = f"deletion {record['deletion_area']:.3f}, random {record['random_area']:.3f}"
         print(f"{record['path']}\t{record['class']}\t{areas}\t{record['figure']}")
-    if notice := record.get("notice"):
-        _say(notice)
 
 
 @app.command()
@@ -260,7 +275,7 @@ def _print_figure(name: str, value: Any) -> None:
     if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
         for key, part in value.items():
             _print_figure(f"{name}.{key}", part)
-    else:
+    elif value != {}:
         print(f"{name:20} {_text(value)}")
 
 

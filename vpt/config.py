@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,6 +19,7 @@ from pydantic import (
 
 from vpt import resources
 from vpt.errors import InputError, nearest
+from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
 
 Model = TypeVar("Model", bound=BaseModel)
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
@@ -32,6 +30,9 @@ Parts = Literal["train-test", "train-val", "trainval-test"]
 Values = Annotated[list[Any], Field(min_length=1)]
 Recipe = Literal["default", "paper"]
 Window = Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain", "stroke"]
+Patterns = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 Windows = Annotated[tuple[Window, ...], Field(min_length=3, max_length=3)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
@@ -74,6 +75,10 @@ class DataConfig(Strict):
     classes: list[Text] | None = None
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
+    # patterns of paths, folders or names, of files to leave out, and of those to keep although they
+    # look like masks or other things that are no data; None: the card's
+    exclude: Patterns | None = None
+    include: Patterns | None = None
     windows: Windows | None = None  # of CT, as channels; None: the files' own
     workers: NonNegativeInt = 0
     # test images that look like training images: said, refused, or not looked for;
@@ -249,13 +254,13 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = _find("configs/run", config)
     file = read_yaml(path)
-    changes = _dotlist(overrides)
+    changes = changes_of(RunConfig, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
         for section in ("recipe", "method", "train", "expected"):
             file.pop(section, None)
-    method = chosen or named
-    if not isinstance(method, str):
+    method = named if chosen is None else chosen
+    if not method or not isinstance(method, str):
         raise InputError(f"{path}: method.name is missing: give method.name=NAME")
     return compose(method, file, changes, where=config)
 
@@ -266,9 +271,9 @@ def compose(method: str, *settings: Any, where: str) -> RunConfig:
     Raises:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
-    chosen = _merge({}, *settings)
-    settings = _merge(_recipe(method, chosen.get("recipe")), chosen)
-    return validate(RunConfig, OmegaConf.to_container(settings), where)
+    chosen = merge({}, *settings)
+    settings = merge(_recipe(method, chosen.get("recipe")), chosen)
+    return validate(RunConfig, settings, where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:
@@ -301,22 +306,12 @@ def load_suite(suite: str, overrides: Sequence[str] = ()) -> SuiteConfig:
         InputError: as `load_run`.
     """
     file = read_yaml(_find("configs/suite", suite))
-    return validate(SuiteConfig, apply_overrides(file, overrides), where=suite)
-
-
-def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`settings` with `key=value`s put over them.
-
-    Raises:
-        InputError: an override that is not key=value.
-    """
-    merged: Any = OmegaConf.to_container(_merge(OmegaConf.create(settings), _dotlist(overrides)))
-    return merged
+    return validate(SuiteConfig, apply_overrides(SuiteConfig, file, overrides), where=suite)
 
 
 def to_yaml(config: Strict) -> str:
     """The resolved configuration; as a file, `vpt train PATH` or `vpt bench PATH` repeats it."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return to_text(config.model_dump(mode="json"))
 
 
 def validate(model: type[Model], values: Any, where: str) -> Model:
@@ -339,28 +334,8 @@ def validate(model: type[Model], values: Any, where: str) -> Model:
             raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
         value, message = first["input"], first["msg"].lower()
         if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
-            message = f"not a list: give {key}={_flow([value])}"
+            message = f"not a list: give {override(key, [value])}"
         raise InputError(f"{where}: {key}={value!r}: {message}") from None
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML mapping as an OmegaConf node.
-
-    Raises:
-        InputError: the file is missing, or is not a YAML mapping.
-    """
-    try:
-        node = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:  # also OmegaConf's own, for a lone word or number
-        reason = error.strerror or "not a mapping of keys to values"
-        raise InputError(f"{path}: {reason}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
-    if not OmegaConf.is_dict(node):
-        raise InputError(f"{path}: not a mapping of keys to values")
-    return node
 
 
 def _find(folder: str, config: str) -> Path:
@@ -368,36 +343,9 @@ def _find(folder: str, config: str) -> Path:
     return path if path.suffix in {".yaml", ".yml"} else resources.find(folder, config)
 
 
-def _method_name(node: Any) -> Any:
-    try:
-        return OmegaConf.select(node, "method.name")
-    except (OmegaConfBaseException, TypeError):  # `method` is no mapping
-        return None
-
-
-def _dotlist(overrides: Sequence[str]) -> Any:
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not equals or not key:
-            raise InputError(f"{item!r}: not key=value, such as data.shots=16")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise InputError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
-
-
-def _merge(*nodes: Any) -> Any:
-    try:
-        return OmegaConf.merge(*nodes)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise InputError(str(error).splitlines()[0]) from None
-
-
-def _flow(value: Any) -> str:
-    """`value` as an override says it."""
-    return yaml.safe_dump(
-        value, default_flow_style=True, allow_unicode=True, width=math.inf
-    ).strip()
+def _method_name(settings: Mapping[str, Any]) -> Any:
+    section = settings.get("method")
+    return section.get("name") if isinstance(section, Mapping) else None
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

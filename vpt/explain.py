@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from vpt import artifact
 from vpt.backbones.text import CLIP_VOCABULARY
-from vpt.data.images import check_images, list_images, read_image
-from vpt.engine.apply import load
+from vpt.data.images import read_image
+from vpt.engine.apply import load, survey
 from vpt.engine.figures import save
+from vpt.engine.lettering import labels
+from vpt.engine.progress import Log
 from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 from vpt.methods import Method
@@ -125,29 +127,36 @@ def explain_context(path: Path, checkpoint: str | None = None) -> dict[str, list
 
 
 def explain_images(
-    path: Path, images: Sequence[Path], out: Path, checkpoint: str | None = None
+    path: Path,
+    images: Sequence[Path],
+    out: Path,
+    checkpoint: str | None = None,
+    log: Log = print,
 ) -> Iterator[dict[str, Any]]:
     """The saliency of the predicted class for each image file, drawn into `out`.
 
     Folders are searched. Yields its `path`, `class`, `probability`, `figure` (a PNG), `deletion`
     (the curve), `deletion_area`, `random_area`, and of medical data a `notice`; the same records
-    are in `out`/explain.json.
+    are in `out`/explain.json. Files that cannot be read are left out, and named by an error after
+    the last; `log` takes lines for the user.
 
     Raises:
-        InputError: as `artifact.load`; a file that is no image, a folder without any.
+        InputError: as `artifact.load`; a folder without images; at the end, files that are missing
+            or no image.
     """
-    files = list_images(images)
     model = load(path, checkpoint)
+    found = survey(images, model.metadata, log)
     windows = model.metadata.get("data", {}).get("windows")
-    check_images(files, windows)
     notice = {"notice": NOTICE} if model.metadata.get("medical") else {}
     model = model.fold()
-    crop, records = model.backbone.preprocess.crop(), []
-    for number, file in enumerate(files):
-        pixels = crop(read_image(file, windows=windows))
+    shown = dict(zip(model.class_names, labels(model.class_names), strict=True))
+    preprocess, records = model.backbone.preprocess, []
+    crop = preprocess.crop()
+    for number, file in enumerate(found.readable):
+        pixels = crop(read_image(file, windows=windows, grey=preprocess.grey_range))
         record, heat = explain(model, torch.from_numpy(pixels))
         figure = out / f"{number:03}-{file.stem}.png"
-        answer = f"{record['class']} {record['probability']:.2f}"
+        answer = f"{shown[record['class']]} {record['probability']:.2f}"
         title = ". ".join([answer, *notice.values()])
         drawing = Figure(figsize=(7, 3.9), layout="constrained")
         left, right = drawing.subplots(1, 2)
@@ -156,11 +165,12 @@ def explain_images(
         for axes in (left, right):
             axes.set_axis_off()
         drawing.suptitle(title.replace("$", r"\$"))
-        save(drawing, figure)
+        save(drawing, figure, model.class_names)
         records.append({"path": str(file), **record, "figure": str(figure), **notice})
         yield records[-1]
     text = json.dumps(records, indent=2)
     artifact.write_atomically(out / "explain.json", text.encode())
+    found.check()
 
 
 def explain(model: Method, pixels: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -188,4 +198,4 @@ def draw_saliency(axes: Any, pixels: np.ndarray, heat: Tensor) -> None:
     limit = heat.abs().quantile(0.98).clamp(min=1e-12).item()
     axes.imshow(pixels.mean(-1), cmap="gray")
     strength = (smooth.abs() / limit).clamp(max=1).numpy()
-    axes.imshow(smooth, cmap="bwr", vmin=-limit, vmax=limit, alpha=0.6 * strength)
+    axes.imshow(smooth.numpy(), cmap="bwr", vmin=-limit, vmax=limit, alpha=0.6 * strength)

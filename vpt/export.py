@@ -38,7 +38,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Method:
     """
     _, metadata = artifact.read(path)
     own = {"backbone": artifact.backbone_settings(metadata)}
-    settings = validate(Settings, apply_overrides(own, overrides), where=str(path))
+    settings = validate(Settings, apply_overrides(Settings, own, overrides), where=str(path))
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     return artifact.load(path, backbone)
 

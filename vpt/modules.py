@@ -18,7 +18,7 @@ def names(package: str) -> list[str]:
 
 
 def find(package: str, base: type[Base], name: str) -> type[Base]:
-    """The subclass of `base` that the module `name` of `package` defines.
+    """The one subclass of `base` that the module `name` of `package` defines.
 
     Raises:
         InputError: no such module; says the nearest name.

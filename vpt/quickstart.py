@@ -15,11 +15,12 @@ from rich.table import Table
 from vpt import artifact
 from vpt.config import RunConfig, load_run
 from vpt.data.fewshot import split_data
-from vpt.data.loaders import make_loader
 from vpt.data.sources import open_source
-from vpt.engine.evaluate import EVAL_BATCH, confusion, predict
+from vpt.engine.evaluate import confusion, outputs
 from vpt.engine.figures import save
-from vpt.engine.run import RunFolder, run
+from vpt.engine.folder import RunFolder
+from vpt.engine.lettering import labels as shown
+from vpt.engine.run import run
 
 METHODS = {  # run configuration digits_… → what the table calls it
     "zero_shot": "hand-written prompt (zero-shot)",
@@ -92,9 +93,8 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
     predictions = {}
     for config in (before, after):
         model = artifact.load(RunFolder(config.out).prompt)
-        loader = make_loader(split.test, model.backbone.preprocess, EVAL_BATCH)
-        predictions[config.method.name], labels = predict(model, loader)
-    names = model.class_names
+        predictions[config.method.name], labels = outputs(model, split.test)
+    names = shown(model.class_names)
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[3, 1])
@@ -128,4 +128,4 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
         "What prompts add to the embedded tiny CLIP "
         f"(bottom: zero-shot → {METHODS[after.method.name]})"
     )
-    save(figure, path)
+    save(figure, path, model.class_names)

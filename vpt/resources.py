@@ -1,5 +1,6 @@
-"""Finds configs/ and datasets/: inside an installed package, or beside it in a checkout."""
+"""Finds configs/ and datasets/, inside an installed package or beside it; and its version."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vpt.errors import InputError, nearest
@@ -30,3 +31,11 @@ def find(name: str, stem: str) -> Path:
     if not path.is_file():
         raise InputError(f"no {stem!r} in {name}/{nearest(stem, names(name))}")
     return path
+
+
+def package_version() -> str:
+    """This package's version, or `unknown` where it is not installed."""
+    try:
+        return version("visual-prompt-tuning")
+    except PackageNotFoundError:
+        return "unknown"

@@ -14,8 +14,8 @@ from rich.text import Text
 from vpt import artifact
 from vpt.config import RunConfig, load_suite, to_yaml
 from vpt.engine.cluster import run_on_ray
+from vpt.engine.folder import RunFolder
 from vpt.engine.local import run_locally
-from vpt.engine.run import RunFolder
 from vpt.engine.suite import cells, run_cells
 from vpt.errors import InputError
 

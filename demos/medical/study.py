@@ -16,17 +16,18 @@ from torch import Tensor
 from vpt import artifact
 from vpt.config import RunConfig, load_run
 from vpt.data.fewshot import Split, split_data
-from vpt.data.loaders import ImageDataset, make_loader
+from vpt.data.loaders import ImageDataset
 from vpt.data.sources import Source, open_source
 from vpt.engine.decision import Decision
-from vpt.engine.evaluate import EVAL_BATCH, predict
+from vpt.engine.evaluate import outputs
 from vpt.engine.figures import (
     draw_precision_recall,
     draw_reliability,
     draw_risk_coverage,
     draw_roc,
 )
-from vpt.engine.run import RunFolder, run
+from vpt.engine.folder import RunFolder
+from vpt.engine.run import run
 from vpt.explain import draw_saliency, explain
 
 DECISION = ["decision.temperature=true", "decision.alpha=0.1", "decision.coverage=0.8"]
@@ -66,8 +67,7 @@ class Study:
         model = artifact.load(RunFolder(config.out).prompt)
         decision = Decision(**model.metadata["decision"])
         model = model.fold()
-        loader = make_loader(split.test, model.backbone.preprocess, EVAL_BATCH)
-        logits, labels = predict(model, loader)
+        logits, labels = outputs(model, split.test)
         target = model.target
         raw, calibrated = (
             target.probabilities(logits.double()),

@@ -20,6 +20,8 @@ METHODS = [
     (clip, "coop", {"num_tokens": 4}),
     (clip, "coop", {"num_tokens": 4, "class_specific": True}),
     (clip, "cocoop", {}),
+    (clip, "ivlp", {"num_tokens": 3}),
+    (clip, "maple", {}),
 ]
 
 
@@ -43,6 +45,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize(("make", "method", "options"), METHODS)
 def test_a_step_compiles_whole(make, method, options):
+    torch.compiler.reset()  # else the cases count as recompilations of one function
     model = attach(make, method, options)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     if options.get("dropout"):  # the compiled one draws other masks

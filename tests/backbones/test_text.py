@@ -1,6 +1,7 @@
 """Text towers: deep prompts on both paths against hooks in the model, and a family of one's own."""
 
 import functools
+from pathlib import Path
 
 import families
 import open_clip
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import vpt
 from vpt import backbones
+from vpt.backbones import texts
 from vpt.backbones.text import TextTower, find_text_tower, text_families
 from vpt.errors import InputError
 
@@ -194,8 +196,16 @@ def test_a_family_of_ones_own_learns_a_context(position, tmp_path):
 
 
 def test_families_are_found_by_file():
-    assert [family.__module__.rpartition(".")[2] for family in text_families()] == ["causal_eot"]
-    assert find_text_tower(families.build("coca")) is TextTower
+    modules = {family.__module__.rpartition(".")[2] for family in text_families()}
+    assert modules == {file.stem for file in Path(texts.__file__).parent.glob("[!_]*.py")}
+    assert "causal_eot" in modules
+    assert find_text_tower(families.clip()).__module__ == "vpt.backbones.texts.causal_eot"
+
+
+def test_each_model_has_one_family():
+    for name in ("clip", "clip_custom_text", "coca", "siglip_clip"):
+        model = families.build(name)
+        assert sum(family.fits(model) for family in text_families()) <= 1
 
 
 def test_a_model_without_text_takes_no_text_tower():

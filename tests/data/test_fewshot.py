@@ -101,14 +101,15 @@ def test_patients_are_kept_apart():
     assert not set(split.train.patients) & set(split.test.patients)
     assert 0.2 < len(set(split.test.patients)) / 30 < 0.45
     assert split.hash == split_shots(one, 8, seed=1).hash != split_shots(one, 8, seed=2).hash
-    with pytest.raises(InputError, match="class 'cat' has 40 images of the patients to train on"):
-        split_shots(one, 50, seed=1)
+    whole = split_shots(one, 50, seed=1)
+    assert whole.notes == ("fewer images than data.shots=50, so all train: cat (40), dog (40)",)
+    assert whole.test.names == split.test.names
 
 
 @pytest.mark.parametrize(("labels", "number"), [([0, 1] * 6, 2), ([0, 1] * 2, 4)])
 def test_a_third_of_too_few_patients_is_not_held_out(labels, number):
     patients = [f"p{i % number}" for i in range(len(labels))]
-    one = source(all=samples("all", labels, patients))
+    one = source(all=samples(labels, patients, part="all"))
     with pytest.raises(
         InputError, match=f"{number} patients with {len(labels)} images are too few to hold a third"
     ):
@@ -202,22 +203,18 @@ def test_a_shot_may_be_a_patient():
     assert Counter(label for label, _ in set(drawn)) == {0: 4, 1: 4}
     there = Counter(zip(labels, patients, strict=True))
     assert Counter(drawn) == {unit: there[unit] for unit in drawn}  # each with all its images
-    with pytest.raises(
-        InputError, match=r"'cat' has 20 patients, fewer than data\.shots=21: lower .* add patients"
-    ):
-        split_shots(data, 21, seed=1, per="patient")
+    assert split.notes == ()
+    whole = split_shots(data, 21, seed=1, per="patient")
+    assert whole.notes == ("fewer patients than data.shots=21, so all train: cat (20), dog (20)",)
+    assert whole.train.names == data.parts["train"].names
 
 
 @pytest.mark.parametrize(
     ("parts", "shots", "match"),
     [
         ({"all": [0, 1, 1]}, None, "x: the data has no test part: give data.shots"),
-        ({"all": [0, 0, 1]}, 2, "class 'cat' has 2 images, fewer than data.shots=2 and one for"),
-        (
-            {"train": [0, 0, 1], "test": [0]},
-            2,
-            "class 'dog' has 1 images, fewer than data.shots=2:",
-        ),
+        ({"all": [0, 0, 1]}, 2, "the test part is empty"),
+        ({"all": [0, 0]}, 1, "class 'dog' has 0 images: add images"),
         ({"train": [0, 0], "test": [0]}, None, "class 'dog' has 0 images"),
         ({"train": [0, 1], "test": []}, 1, "the test part is empty"),
     ],
@@ -225,6 +222,27 @@ def test_a_shot_may_be_a_patient():
 def test_what_cannot_be_split(parts, shots, match):
     with pytest.raises(InputError, match=match):
         split_shots(source(**{k: samples(v, part=k) for k, v in parts.items()}), shots, seed=1)
+
+
+def test_a_class_with_fewer_images_than_shots_is_kept_whole_and_named():
+    parts = {"train": [0] * 9 + [1] * 3, "test": [0, 0, 1]}
+    data = source(**{part: samples(labels, part=part) for part, labels in parts.items()})
+    split = split_shots(data, 4, seed=1)
+    assert Counter(split.train.labels.tolist()) == {0: 4, 1: 3}
+    assert split.notes == ("fewer images than data.shots=4, so all train: dog (3)",)
+    enough = split_shots(data, 3, seed=1)
+    assert enough.notes == () and Counter(enough.train.labels.tolist()) == {0: 3, 1: 3}
+    one = split_shots(source(all=samples([0] * 9 + [1] * 3, part="all")), 3, seed=1)
+    assert one.notes == ("classes without a test image, which metrics leave out: dog",)
+    assert Counter(one.test.labels.tolist()) == {0: 6}
+
+
+def test_patients_with_several_labels_are_kept_apart():
+    labels = np.eye(2, dtype=np.float32)[np.arange(60) % 2]
+    labels[::3] = 1
+    split = split_shots(source(all=samples(labels, [f"p{i // 4}" for i in range(60)])), 4, seed=1)
+    assert not set(split.train.patients) & set(split.test.patients)
+    assert len(set(split.test.patients)) == 5
 
 
 def test_hash_tells_data_apart_but_not_places(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt.data.images import Samples, array_to_image, check_images, find_images, read_image
+from vpt.data.images import Samples, array_to_image, read_image
+from vpt.data.survey import check_images
 from vpt.errors import InputError
 
 GREY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
@@ -173,26 +174,6 @@ def test_arrays():
     for wrong in (RGB.astype(np.float32), RGB[..., :2], GREY[0]):
         with pytest.raises(InputError, match="expects uint8"):
             array_to_image(wrong)
-
-
-def test_find_images_is_sorted_and_skips_what_is_hidden(tmp_path):
-    for name in ("b/2.PNG", "b/10.jpeg", "a.jpg", "Z.tif", ".x.jpg", ".git/y.jpg", "__MACOSX/z.jpg",
-                 "b/._2.PNG", "notes.txt"):  # fmt: skip
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.jpg").mkdir()
-    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
-    assert found == ["Z.tif", "a.jpg", "b/10.jpeg", "b/2.PNG"]
-
-
-@pytest.mark.parametrize(
-    "suffix", ["jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "gif", "ppm", "pgm"]
-)
-def test_every_format_is_found_and_read(tmp_path, suffix):
-    image = Image.new("L" if suffix == "pgm" else "RGB", (9, 5), 200)
-    path = saved(tmp_path / f"a.{suffix}", image)
-    assert find_images(tmp_path) == [path]
-    assert read_image(path).size == (9, 5)
 
 
 @pytest.mark.parametrize(("least", "side"), [(None, 256), (200, 256), (40, 64), (32, 32), (1, 32)])

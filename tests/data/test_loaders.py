@@ -92,7 +92,9 @@ def test_images_are_read_once_within_the_budget(tmp_path, monkeypatch, augment):
     samples = Samples(paths, np.zeros(3, dtype=np.int64), ["a", "b", "c"])
     reads = []
     read = Samples.read
-    monkeypatch.setattr(Samples, "read", lambda self, i: reads.append(i) or read(self, i))
+    monkeypatch.setattr(
+        Samples, "read", lambda self, i, **options: reads.append(i) or read(self, i)
+    )
 
     def read_twice(**options):
         reads.clear()

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,118 @@ def test_bad_folders(tmp_path):
             name="folder")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "dev", "Test"),
+        ("train_set", "eval", "test-set"),
+        ("1_train", "2_valid", "3_test"),
+        ("train images", "val images", "holdout"),
+        ("trn", "Val_Split", "hold-out"),
+    ],
+)
+def test_parts_are_known_by_their_usual_spellings(tmp_path, train, val, test):
+    for part in (train, val, test):
+        class_folders(tmp_path / part, ["a", "b"])
+    parts = opened(tmp_path).parts
+    firsts = {part: samples.names[0].partition("/")[0] for part, samples in parts.items()}
+    assert firsts == {"train": train, "val": val, "test": test}
+
+
+def test_train_and_dev_alone_hold_out_dev(tmp_path):
+    for part in ("train", "dev"):
+        class_folders(tmp_path / part, ["a", "b"])
+    parts = opened(tmp_path).parts
+    assert {part: samples.names[0] for part, samples in parts.items()} == {
+        "train": "train/a/0.png",
+        "test": "dev/a/0.png",
+    }
+
+
+def test_folders_that_may_be_parts_are_refused(tmp_path):
+    for part in ("trian", "test"):
+        class_folders(tmp_path / "typo" / part, ["a", "b"])
+    refused("folders test, trian all hold the folders a, b: call them train", tmp_path / "typo")
+    for part in ("train", "test", "extra"):
+        class_folders(tmp_path / "more" / part, ["a", "b"])
+    refused("extra/ holds classes of train/, but is no part: call it", tmp_path / "more")
+    source = opened(tmp_path / "more", exclude=["extra"])
+    assert source.parts.keys() == {"train", "test"}
+    assert source.left_out == {"excluded by extra": 4}
+
+
+def test_a_class_may_hold_folders_of_its_own(tmp_path):
+    for name in ("cat/left/1", "cat/right/2", "dog/left/3", "dog/4"):
+        draw(tmp_path / f"{name}.png")
+    assert opened(tmp_path).parts["all"].labels.tolist() == [0, 0, 1, 1]
+
+
+def test_what_is_left_out_of_a_folder_is_kept_by_kind_and_number(tmp_path):
+    for part in ("train", "test"):
+        class_folders(tmp_path / part, ["a", "b"])
+    class_folders(tmp_path / "train", ["@eaDir", "a/@eaDir"])
+    draw(tmp_path / "notes/x.png", tmp_path / "train/y.png", tmp_path / "train/a/0_mask.png")
+    (tmp_path / "train/a/readme.txt").write_text("x")
+    source = opened(tmp_path)
+    assert source.class_names == ["a", "b"]
+    assert source.left_out == {
+        "hidden or system folders": 2,
+        "images outside class folders": 1,
+        "images outside test, train": 1,
+        "masks": 1,
+        "not images": 1,
+    }
+    assert source.notes == [
+        "left out 2 hidden or system folders, 1 images outside class folders, 1 images outside "
+        "test, train, 1 masks, 1 not images"
+    ]
+    assert [len(samples) for samples in source.parts.values()] == [4, 4]
+    kept = opened(tmp_path, include="*_mask.png", exclude=["notes", "nothing"])
+    assert len(kept.parts["train"]) == 5
+    assert kept.notes[-1] == "no file matches data.exclude=nothing"
+
+
+def test_patterns_leave_samples_of_any_layout_out(tmp_path):
+    path = write_npz(tmp_path / "mine.npz")
+    source = opened(path, exclude=["train/1", "val"])
+    assert source.parts["train"].names == ["train/0", *(f"train/{i}" for i in range(2, 6))]
+    assert len(source.parts["val"]) == 0
+    assert source.left_out == {"excluded by train/1": 1, "excluded by val": 2}
+
+
+def test_a_folder_of_masks_is_no_class(tmp_path):
+    for name in ("cat", "dog"):
+        draw(tmp_path / name / "images/1.png", tmp_path / name / "masks/1.png")
+    assert opened(tmp_path).parts["all"].names == ["cat/images/1.png", "dog/images/1.png"]
+    draw(tmp_path / "masks/1.png", tmp_path / "cat/1.png")
+    refused("masks: class folder without images, but 1 masks: fill or remove", tmp_path)
+
+
+def test_a_class_of_volumes_is_not_called_empty(tmp_path):
+    class_folders(tmp_path, ["a", "b"])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/scan.nii.gz").write_bytes(b"x")
+    refused(r"c: class folder without images, but 1 volumes \(NIfTI\), which can't", tmp_path)
+
+
+def test_class_folders_of_both_forms_are_one_class(tmp_path):
+    whole, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    class_folders(tmp_path / "train", [whole, "tea"])
+    class_folders(tmp_path / "test", [apart, "tea"])
+    source = opened(tmp_path)
+    assert source.class_names == [whole, "tea"]
+    samples = source.parts["test"]
+    assert samples.names[0] == f"test/{whole}/0.png" and samples.read(0).size == (4, 4)
+    assert opened(tmp_path, classes=["tea", apart]).class_names == ["tea", whole]
+
+
+def test_a_test_part_may_lack_a_class_but_train_may_not(tmp_path):
+    class_folders(tmp_path / "train", ["a", "b", "c"])
+    class_folders(tmp_path / "test", ["a", "c"])
+    assert opened(tmp_path).parts["test"].labels.tolist() == [0, 0, 2, 2]
+
+
 # csv
 
 
@@ -158,8 +271,8 @@ def test_csv_with_split_and_numbers(tmp_path):
     ("text", "match"),
     [
         ("", "line 1: no column 'path' in ''"),
-        ("path;label\na.png;x\n", "line 1: no column 'path' in 'path;label'"),
-        ("path,class\na.png,x\n", "line 1: no column 'label'"),
+        ("where;label\na.png;x\n", "line 1: no column 'path' in 'label,where'"),
+        ("path,age\na.png,7\n", "line 1: no column 'label' in 'path,age'"),
         ("path,label\n", "no line for training"),
         ("path,label\na.png,x\nnone.png,y\n", "line 3: none.png: no such file"),
         ("path,label\na.png,x\nb.png\n", "line 3: label is empty"),
@@ -177,8 +290,160 @@ def test_bad_csv(tmp_path, text, match):
 
 def test_csv_that_is_not_text(tmp_path):
     path = write_csv(tmp_path, "")
-    path.write_bytes(b"path,label\n\xff\xfe,x\n")
-    refused("not CSV in UTF-8", path)
+    path.write_bytes(b"PK\x03\x04\xff\x00\x00path,label\n")
+    refused("not CSV in UTF-8, UTF-16 or Windows-1252", path)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_csv_dialects(tmp_path, separator, encoding):
+    path = write_csv(tmp_path, "")
+    text = "path,label\r\na.png,Säge\r\nb.png,dog\r\n".replace(",", separator)
+    path.write_bytes(text.encode(encoding))
+    source = opened(path)
+    assert source.class_names == ["Säge", "dog"]
+    assert source.parts["all"].names == ["a.png", "b.png"]
+    assert source.notes == (
+        ["the table is not UTF-8, and was read as Windows-1252"] if encoding == "cp1252" else []
+    )
+    assert opened(path.rename(tmp_path / "labels.TSV")).class_names == ["Säge", "dog"]
+
+
+@pytest.mark.parametrize(
+    "column", ["patient_id", "Patient", "PatientID", "lesion_id", "Patient ID", "subject"]
+)
+def test_patients_of_usual_columns_are_kept_apart(tmp_path, column):
+    rows = "".join(f"{name}.png,{'xy'[i % 2]},p{i // 2}\n" for i, name in enumerate("abcd"))
+    source = opened(write_csv(tmp_path, f"path,label,{column}\n{rows}"))
+    assert source.parts["all"].patients == ["p0", "p0", "p1", "p1"]
+    assert source.medical
+    assert source.notes == [f"patient is column {column!r}"]
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        *(
+            ("Split", ("train", "test")),
+            ("subset", ("Training", "Testing")),
+            ("SET", ("TRAIN", "dev")),
+        ),
+        *(("fold", ("train", "test")), ("Usage", ("Training", "PrivateTest"[7:]))),
+    ],
+)
+def test_parts_of_usual_columns(tmp_path, column, words):
+    text = f"path,label,{column}\na.png,x,{words[0]}\nb.png,y,{words[0]}\nc.png,x,{words[1]}\n"
+    parts = opened(write_csv(tmp_path, text)).parts
+    assert parts["train"].names == ["a.png", "b.png"] and parts["test"].names == ["c.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("path,label,pateint\na.png,x,1\n", "line 1: column 'pateint' looks like patient"),
+        ("path,label,lesion\na.png,x,1\n", "column 'lesion' looks like patient"),
+        ("path,label,patient_no\na.png,x,1\n", "column 'patient_no' looks like patient"),
+        ("path,label,splt\na.png,x,1\n", "line 1: column 'splt' looks like split"),
+        ("path,label,is_test\na.png,x,1\n", "column 'is_test' looks like split"),
+        ("path,label,fold\na.png,x,3\n", "line 2: split='3'"),
+        ("path,label\na.png,x,y\n", "line 2: 3 fields, but the header has 2"),
+        ("path,label\nsome, a.png,x\n", "line 2: 3 fields"),
+        ("path,target,diagnosis\na.png,x,y\n", "target and diagnosis could all be the label"),
+        ("path,label,patient_id,PatientID\na.png,x,1,2\n", "could all be the patient"),
+        ("path,label,label\na.png,x,y\n", "column label twice"),
+        ("image,mel,nv\na.png,1,0\nb.png,0,2\n", "no column 'label' in 'image,mel,nv'"),
+    ],
+)
+def test_columns_that_are_not_understood_are_refused(tmp_path, text, match):
+    refused(f"labels.csv.*{match}", write_csv(tmp_path, text))
+
+
+def test_other_columns_are_named(tmp_path):
+    text = ",path,label,age,patient_age\n0,a.png,x,7,8\n1,b.png,y,7,8\n"
+    source = opened(write_csv(tmp_path, text))
+    assert source.notes == ["columns that are not read: age, patient_age"]
+    assert source.parts["all"].patients is None
+    trailing = write_csv(tmp_path, "path,label,\na.png,x,\nb.png,y,\n")
+    assert opened(trailing).class_names == ["x", "y"]
+
+
+def test_the_table_of_ham10000(tmp_path):
+    draw(tmp_path / "part_1/ISIC_1.jpg", tmp_path / "part_2/ISIC_2.jpg")
+    path = tmp_path / "HAM10000_metadata.csv"
+    path.write_text(
+        "lesion_id,image_id,dx,dx_type,age\nL1,ISIC_1,nv,histo,80.0\nL2,ISIC_2,mel,histo,\n"
+    )
+    source = opened(path)
+    samples = source.parts["all"]
+    assert samples.names == ["part_1/ISIC_1.jpg", "part_2/ISIC_2.jpg"]
+    assert source.class_names == ["mel", "nv"] and samples.labels.tolist() == [1, 0]
+    assert samples.patients == ["L1", "L2"]
+    draw(tmp_path / "part_2/ISIC_1.png")
+    refused("line 2: ISIC_1 may be each of .*part_1/ISIC_1.jpg, .*part_2/ISIC_1.png", path)
+
+
+def test_the_table_of_isic_has_a_column_a_class(tmp_path):
+    text = "image,MEL,NV,UNK\na,1.0,0.0,0.0\nb,0.0,1.0,0.0\nc,0,1,0\n"
+    source = opened(write_csv(tmp_path, text))
+    assert source.class_names == ["MEL", "NV"] and source.target.name == "multiclass"
+    assert source.parts["all"].labels.tolist() == [0, 1, 1]
+    assert source.notes == [
+        "path is column 'image'",
+        "classes are columns MEL, NV, UNK",
+        "left out classes without an image: UNK",
+    ]
+    several = opened(write_csv(tmp_path, "path,x,y\na.png,1,1\nb.png,0,1\nc.png,0,0\n"))
+    assert several.target.name == "multilabel"
+    assert several.parts["all"].labels.tolist() == [[1, 1], [0, 1], [0, 0]]
+
+
+def test_paths_of_windows_and_of_both_forms(tmp_path):
+    whole, apart = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    draw(tmp_path / f"img/{apart}/1.png", tmp_path / "img/2.png")
+    text = f"path,label\nimg\\{whole}\\1.png,x\n.\\img\\2.png,{apart}\n"
+    source = opened(write_csv(tmp_path, text))
+    samples = source.parts["all"]
+    assert samples.names == [f"img/{whole}/1.png", "img/2.png"]
+    assert samples.read(0).size == (4, 4) and source.class_names == ["x", whole]
+
+
+def test_csv_parts_of_the_folders(tmp_path):
+    draw(*(tmp_path / f"{name}.png" for name in ("train/1", "train/2", "test/3")))
+    text = "path,label\ntrain/1.png,x\ntrain/2.png,y\ntest/3.png,x\n"
+    source = opened(write_csv(tmp_path, text))
+    assert {part: len(samples) for part, samples in source.parts.items()} == {"train": 2, "test": 1}
+    assert source.notes == ["parts are the folders of the paths: train, test"]
+
+
+def test_csv_patterns(tmp_path):
+    text = "path,label\na.png,x\nb.png,y\nold/gone.png,x\n"
+    source = opened(write_csv(tmp_path, text), exclude="old")
+    assert source.parts["all"].names == ["a.png", "b.png"]
+    assert source.left_out == {"excluded by old": 1}
+
+
+# imagefolder
+
+
+def test_metadata_of_hugging_face(tmp_path):
+    for part in ("train", "test"):
+        draw(tmp_path / part / "1.png", tmp_path / part / "2.png")
+        lines = "file_name,label,text\n1.png,x,one\n2.png,y,two\n"
+        (tmp_path / part / "metadata.csv").write_text(lines)
+    source = opened(tmp_path)
+    assert (source.name, source.class_names) == ("imagefolder", ["x", "y"])
+    assert source.parts["test"].names == ["test/1.png", "test/2.png"]
+    assert source.notes == ["path is column 'file_name'", "columns that are not read: text"]
+    whole = tmp_path / "whole"
+    draw(whole / "1.png", whole / "2.png")
+    (whole / "metadata.csv").write_text("file_name,label\n1.png,x\n2.png,y\n")
+    assert opened(whole).parts["all"].names == ["1.png", "2.png"]
+
+
+def test_metadata_without_labels_leaves_the_class_folders(tmp_path):
+    class_folders(tmp_path, ["a", "b"])
+    (tmp_path / "metadata.csv").write_text("file_name,text\na/0.png,x\n")
+    assert opened(tmp_path).name == "folder"
 
 
 # npz

@@ -87,6 +87,10 @@ def test_dict_and_back():
     preprocess = Preprocess(**VALUES)
     values = json.loads(json.dumps(preprocess.to_dict()))
     assert Preprocess.from_dict(values) == preprocess
+    assert values.keys() == VALUES.keys()  # without a grey range, as it always was
+    deep = Preprocess(**VALUES, grey_range=(0, 4095))
+    assert deep.to_dict()["grey_range"] == [0, 4095]
+    assert Preprocess.from_dict(json.loads(json.dumps(deep.to_dict()))) == deep
     with pytest.raises(InputError, match="preprocessing: unknown key 'crop'; did you mean"):
         Preprocess.from_dict({**values, "crop": 1})
     with pytest.raises(InputError, match="preprocessing: std is missing"):

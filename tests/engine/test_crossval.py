@@ -24,9 +24,8 @@ from vpt.targets.multiclass import Multiclass
 def judge(model, data, learn, start=lambda images: None, balanced=False):
     lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
     steps = (start, learn, partial(predict, model))
-    helps = training_helps(
-        model, TrainingSet(loader(model, data), model.target), 3, balanced, *steps, lines.append
-    )
+    images = TrainingSet(loader(model, data), model.target, len(model.class_names))
+    helps = training_helps(model, images, 3, balanced, *steps, lines.append)
     torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
     return helps, lines
 
@@ -193,7 +192,8 @@ def answers(first, trained, labels):
         state["after"] = 1 - state["after"]
         return torch.stack(chosen), torch.from_numpy(part.labels)
 
-    images, nothing = TrainingSet(loader(model, data), model.target), lambda _: None
+    images = TrainingSet(loader(model, data), model.target, len(model.class_names))
+    nothing = lambda _: None  # noqa: E731
     return training_helps(model, images, 3, False, nothing, nothing, predict, nothing)
 
 

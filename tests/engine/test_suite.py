@@ -20,8 +20,8 @@ from vpt import methods, resources
 from vpt.config import load_suite, to_yaml
 from vpt.data.cards import load_card
 from vpt.engine.cluster import run_on_ray
+from vpt.engine.folder import RunFolder
 from vpt.engine.local import run_locally
-from vpt.engine.run import RunFolder
 from vpt.engine.suite import RETRIES, attempt, cells, run_cells
 from vpt.errors import InputError
 

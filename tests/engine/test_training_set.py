@@ -44,7 +44,7 @@ def keys(images):
 
 @pytest.mark.parametrize("name", loaders())
 def test_parts_of_anybodys_loader(name):
-    images = TrainingSet(loaders()[name], Multiclass())
+    images = TrainingSet(loaders()[name], Multiclass(), 3)
     np.testing.assert_array_equal(images.labels, LABELS[CHOSEN])
     assert images.patients is None
     positions = np.array([0, 3, 7])
@@ -59,7 +59,7 @@ def test_parts_of_anybodys_loader(name):
 
 @pytest.mark.parametrize("name", loaders())
 def test_an_image_has_the_same_number_in_every_epoch(name):
-    images = TrainingSet(loaders()[name], Multiclass())
+    images = TrainingSet(loaders()[name], Multiclass(), 3)
     expected = dict(zip(keys(IMAGES[4:]), range(20), strict=True))
     for loader in images.numbered(np.arange(20), other=99):
         for _ in range(2):
@@ -68,14 +68,14 @@ def test_an_image_has_the_same_number_in_every_epoch(name):
 
 
 def test_images_that_are_never_seen_have_the_other_number():
-    images = TrainingSet(DataLoader(PAIRS, 6, sampler=SubsetRandomSampler(CHOSEN)), Multiclass())
+    images = TrainingSet(DataLoader(PAIRS, 6, sampler=SubsetRandomSampler(CHOSEN)), Multiclass(), 3)
     numbered, _ = images.numbered(np.arange(20), other=99)
     assert [numbered.dataset[index][1] for index in (0, 3, 4, 23)] == [99, 99, 0, 19]
 
 
 def test_images_first_drawn_later_are_by_a_head_that_has_not_seen_them():
     loader = DataLoader(PAIRS, 6, sampler=WeightedRandomSampler([1.0] * 24, 12))
-    images = TrainingSet(loader, Multiclass())
+    images = TrainingSet(loader, Multiclass(), 3)
     numbered, plain = images.numbered(np.zeros(len(images.labels), int), other=99)
     solved = {key for batch, _ in plain for key in keys(batch.inputs)}
     for _ in range(5):
@@ -138,7 +138,7 @@ def test_patients_of_a_loader_that_does_not_shuffle_stay_together():
     patients = [f"p{index // 2}" for index in range(12)]
     samples = Samples(pixels, np.arange(12) // 2 % 2, [str(i) for i in range(12)], patients)
     preprocess = vpt.attach(tiny.vit(), num_classes=2).backbone.preprocess
-    folds = assign_folds(TrainingSet(make_loader(samples, preprocess, 4), Multiclass()), 3)
+    folds = assign_folds(TrainingSet(make_loader(samples, preprocess, 4), Multiclass(), 3), 3)
     assert folds[::2].tolist() == folds[1::2].tolist()
 
 
@@ -158,7 +158,7 @@ def test_own_loaders_give_images_in_order_without_decoding_for_labels(monkeypatc
     samples = Samples(pixels, np.arange(12) // 2 % 2, [str(i) for i in range(12)], patients)
     preprocess = vpt.attach(tiny.vit(), num_classes=2).backbone.preprocess
     images = TrainingSet(
-        make_loader(samples, preprocess, 4, train=True, augment="crop_flip"), Multiclass()
+        make_loader(samples, preprocess, 4, train=True, augment="crop_flip"), Multiclass(), 2
     )
     with monkeypatch.context() as patch:
         patch.setattr(Samples, "read", None)

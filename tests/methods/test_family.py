@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vpt
 from vpt.errors import InputError
+from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch
 
 LABELS = torch.tensor([0, 1, 2, 2, 0, 1, 1])
@@ -186,7 +187,7 @@ class TestKVPrompts:
             for token in range(5):
                 expected[layer, token, segments[layer, token].argmin()] = 0
             expected[layer, tokens[layer].argsort()[:2]] = 0
-        model.prune(loader())
+        model.prune(map(Batch.of, loader()), CrossEntropy(model.target))
         assert torch.equal(model.mask, expected)
         assert not model.mask.requires_grad
         pruned = model.layer_prompts() == 0

@@ -16,7 +16,11 @@ from vpt.methods.base import Head
 VPT = cases("src/models/vit_prompt/vit.py")
 COOP = cases("trainers/coop.py")
 COCOOP = cases("trainers/cocoop.py")
-JOINT = ["ivlp", "maple", "vpt_clip"]
+JOINT = [
+    *cases("trainers/independentVL.py"),
+    *cases("trainers/maple.py"),
+    *cases("trainers/vpt.py"),
+]
 
 
 def vpt_tensors(case, prefix):
@@ -62,15 +66,15 @@ def joint_model(name):
     """IVLP, MaPLe or VPT on CLIP (IVLP with a fixed text) at the start of its case."""
     case = Case(name)
     prompt = case.config["prompt"]
-    options = {"init": prompt["ctx_init"]}
-    if name == "maple":
+    options = {"init": prompt["ctx_init"] or None}
+    if "prompt_depth" in prompt:
         options |= {"num_tokens": prompt["n_ctx"], "depth": prompt["prompt_depth"]}
     else:
         options["num_image_tokens"] = prompt["n_ctx_vision"]
         options["image_depth"] = prompt["depth_vision"]
         options["text_depth"] = prompt.get("depth_text", 0)
         options["num_tokens"] = prompt.get("n_ctx_text", 1)
-    method = "maple" if name == "maple" else "ivlp"
+    method = "maple" if "prompt_depth" in prompt else "ivlp"
     names = case.config["classnames"]
     model = vpt.attach(case.backbone(), method, class_names=names, **options)
     init = joint_tensors(case, "init.")

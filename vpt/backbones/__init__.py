@@ -2,10 +2,12 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from vpt import resources
 from vpt.backbones import clip
+from vpt.backbones._checkpoints import is_numpy, load_numpy, misfit, read_clip, read_timm
 from vpt.backbones._families import families, find_family
+from vpt.backbones._wrapped import unwrap
 from vpt.backbones.base import Backbone, share
 from vpt.backbones.text import TextTower
 from vpt.config import BackboneConfig, BackbonePreset, read_yaml, validate
@@ -28,17 +32,18 @@ __all__ = ["Backbone", "TextTower", "adapt", "families", "load", "load_tiny_clip
 TINY_CLIP = Path(__file__).parent / "tiny_clip"
 
 
-def adapt(model: nn.Module, text_tower: type[TextTower] | None = None) -> Backbone:
+def adapt(model: Any, text_tower: type[TextTower] | None = None) -> Backbone:
     """A frozen view of `model` (a timm or open_clip model, or a Backbone) that shares its weights.
 
     Args:
-        model: to adapt.
+        model: to adapt, or what `_wrapped.unwrap` knows to hold it.
         text_tower: one's own family, in place of the one that fits the model's text tower.
 
     Raises:
         InputError: no family knows this type of model, its weights are in half precision, or it
             has no text tower to take as `text_tower`.
     """
+    model = unwrap(model)
     half = next((p.dtype for p in model.parameters() if p.dtype.itemsize < 4), None)
     if half:
         raise InputError(
@@ -120,18 +125,18 @@ def _timm(name: str, checkpoint: str | None, preset: BackbonePreset) -> nn.Modul
     if checkpoint is None:
         with _one_line(name, checkpoint), _quiet():
             return timm.create_model(name, pretrained=True, **preset.options)
-    state = _read_weights(checkpoint)
-    head = state.get("head.weight")
-    classes = 0 if head is None else len(head)
+    path = _file(checkpoint)
+    overlay: dict[str, Any] = {**preset.preprocess, "num_classes": 0}
     with _one_line(name, checkpoint):
+        if is_numpy(path):
+            model = timm.create_model(
+                name, num_classes=0, pretrained_cfg_overlay=overlay, **preset.options
+            )
+            load_numpy(model, path)
+            return model
+        overlay["state_dict"] = read_timm(path)
         model = timm.create_model(
-            name,
-            pretrained=True,
-            num_classes=classes,
-            # strict only where the head's size is the one announced
-            pretrained_cfg_overlay={"state_dict": state, "num_classes": classes}
-            | preset.preprocess,
-            **preset.options,
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **preset.options
         )
     del model.pretrained_cfg["state_dict"]  # a second copy of all weights
     return model
@@ -147,8 +152,16 @@ def _open_clip(name: str, checkpoint: str | None) -> nn.Module:
     options: dict[str, Any] = {"pretrained": checkpoint}
     if name.startswith("local-dir:"):
         options = _text_tower(Path(checkpoint))
-    elif checkpoint and checkpoint not in tags:
-        _read_weights(checkpoint)  # missing, unreadable or unsafe: said in one line
+    elif checkpoint and checkpoint not in tags and not is_numpy(path := _file(checkpoint)):
+        try:
+            with _quiet():
+                return open_clip.create_model(name, require_pretrained=True, **options)
+        except Exception:  # it takes files with its own names alone: write such a one
+            weights = read_clip(path)
+        with TemporaryDirectory() as folder, _one_line(name, checkpoint), _quiet():
+            options = {"pretrained": f"{folder}/weights.pt"}
+            torch.save(weights, options["pretrained"])
+            return open_clip.create_model(name, require_pretrained=True, **options)
     with _one_line(name, checkpoint), _quiet():
         return open_clip.create_model(name, require_pretrained=True, **options)
 
@@ -192,20 +205,11 @@ def load_tiny_clip(folder: Path = TINY_CLIP) -> open_clip.CLIP:
     return model
 
 
-def _read_weights(checkpoint: str) -> dict[str, Tensor]:
-    """Tensors of a local file. Pickles are read with `weights_only`: nothing is executed."""
+def _file(checkpoint: str) -> Path:
     path = Path(checkpoint).expanduser()
     if not path.is_file():
         raise InputError(f"backbone.checkpoint={checkpoint}: no such file, nor a tag of this model")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a file of weights that can be read safely ({reason})"
-        ) from None
+    return path
 
 
 @contextmanager
@@ -218,8 +222,7 @@ def _one_line(name: str, checkpoint: str | None) -> Iterator[None]:
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         if checkpoint and Path(checkpoint).expanduser().exists():
-            message = " ".join(line.strip() for line in lines[:3])
-            raise InputError(f"{checkpoint}: does not fit {name}: {message}") from None
+            raise InputError(f"{checkpoint}: does not fit {name}: {misfit(error)}") from None
         raise InputError(
             f"weights of {name} could not be downloaded: connect to the network, give "
             "backbone.checkpoint=FILE, or try backbone.name=tiny_clip, which needs neither "
@@ -229,9 +232,10 @@ def _one_line(name: str, checkpoint: str | None) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No logs of what is tried: an exception says what failed."""
+    """No logs and warnings of what is tried: an exception says what failed."""
     logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logging.disable(logging.NOTSET)

@@ -31,6 +31,8 @@ class Card(Strict):
     num_images: dict[Literal["train", "val", "test"], PositiveInt] = Field({})  # as published
     image_size: tuple[PositiveInt, PositiveInt] | None = None  # width, height, where all are alike
     lossless: bool = False  # never JPEG: a dump of JPEG files is re-encoded, and costs accuracy
+    exclude: list[str] = Field([])  # patterns of files that are left out
+    include: list[str] = Field([])  # patterns of files that count though rules leave them out
     checksums: dict[str, str] = Field({})  # file below root: "md5:…" or "sha256:…", where published
     published: list[Published] = Field([])
 

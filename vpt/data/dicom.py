@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vpt.config import Window
+from vpt.data.pixels import check_pixels
 from vpt.errors import InputError
 
 # Centre and width in Hounsfield units: https://radiopaedia.org/articles/windowing-ct
@@ -51,6 +52,7 @@ def read_frame(path: Path, windows: tuple[Window, ...] | None = None) -> np.ndar
         raise ValueError("DICOM without pixels")
     if windows and dataset.get("Modality") != "CT":
         raise ValueError("data.windows is for CT, which it is not")
+    check_pixels(int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0))
     try:
         values = _values(dataset, windows)
     except Exception:  # of any kind, and with values of the header in its words

@@ -30,6 +30,7 @@ class Split:
     test: Samples
     hash: str
     calibration: Samples | None = None
+    notes: tuple[str, ...] = ()  # lines on classes of which there is less than was asked for
 
 
 def split_data(source: Source, data: DataConfig) -> Split:
@@ -55,11 +56,12 @@ def split_shots(
     sampling: Sampling = "balanced",
     calibration: float | None = None,
 ) -> Split:
-    """`shots` images a class (None: all) to train on, up to 4 to validate on, and the test part.
+    """At most `shots` images a class (None: all) to train on, 4 to validate on, and the test part.
 
-    The target says what a shot is (see `Target.draw`). With `sampling` natural, as many images as
-    that is with balanced classes, drawn whatever their class: classes keep their proportions, and a
-    rare one may get none.
+    A class with fewer is kept whole, as in CoOp, and the split's notes say so. The target says what
+    a shot is (see `Target.draw`). With `sampling` natural, as many images as that is with balanced
+    classes, drawn whatever their class: classes keep their proportions, and a rare one may get
+    none.
 
     Data without a test part gives all that is not drawn to the test; if it names patients, those
     of the test are held out first, so that none is in both.
@@ -75,7 +77,7 @@ def split_shots(
             an int, or their share, below 1, of the training part, or of all where there is none.
 
     Raises:
-        InputError: a class has too few images, a patient is in two parts, patients are not known
+        InputError: a class has no images, a patient is in two parts, patients are not known
             where a shot is one, or there is no val part to choose by.
     """
     rng = random.Random(seed)
@@ -104,7 +106,7 @@ def split_shots(
         least = shots
     else:  # VTAB-1k's 800 training images leave classes out: SUN397 has 397
         least = int(test is not None and source.card.layout != "vtab")
-    _check_counts(source, pool, least, per, spare=int(test is None))
+    whole = _check_counts(source, pool, least, per)
     train = pool
     if shots is not None:
         train = pool.take(_draw(source, pool, shots, per, sampling, rng))
@@ -126,7 +128,14 @@ def split_shots(
     elif parts == "trainval-test" and val is not None:
         train, val = train.join(val), None
     hashed = {"train": train, "val": val, "test": test, "calibration": held}
-    return Split(train, val, test, _hash(hashed), held)
+    notes = []
+    if whole:
+        notes.append(f"fewer {per}s than data.shots={shots}, so all train: {', '.join(whole)}")
+    absent = test.class_counts(len(source.class_names)) == 0
+    if absent.any():
+        names = [name for name, none in zip(source.class_names, absent, strict=True) if none]
+        notes.append(f"classes without a test image, which metrics leave out: {', '.join(names)}")
+    return Split(train, val, test, _hash(hashed), held, tuple(notes))
 
 
 def _draw(
@@ -174,33 +183,41 @@ def _hold_out(samples: Samples, amount: float, rng: random.Random) -> tuple[Samp
 
 
 def _split_patients(samples: Samples, seed: int) -> tuple[Samples, Samples]:
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-    patients = len(set(samples.patients))
-    if patients < 3 or np.bincount(samples.labels).max() < 3:
+    patients, exclusive = len(set(samples.patients)), samples.target.exclusive
+    if patients < 3 or (exclusive and np.bincount(samples.labels).max() < 3):
         raise InputError(
             f"{patients} patients with {len(samples)} images are too few to hold a third of them "
             "out: give three of each, or a split column"
         )
-    # One fold of three: sklearn keeps the classes' shares alike in both, as far as patients allow.
-    folds = StratifiedGroupKFold(n_splits=3, shuffle=True, random_state=seed)
-    pool, test = next(folds.split(samples.labels, samples.labels, samples.patients))
+    # One of three: sklearn keeps the classes' proportions alike in both, as far as patients allow.
+    splitter = StratifiedGroupKFold if exclusive else GroupKFold
+    splits = splitter(n_splits=3, shuffle=True, random_state=seed)
+    pool, test = next(splits.split(samples.labels, samples.labels, samples.patients))
     return samples.take(pool), samples.take(test)
 
 
-def _check_counts(source: Source, samples: Samples, shots: int, per: Per, spare: int) -> None:
+def _check_counts(source: Source, samples: Samples, shots: int, per: Per) -> list[str]:
+    """Classes, each with its number, of which there are fewer than `shots`.
+
+    Raises:
+        InputError: there are none of a class, where one is wanted.
+    """
     counts = samples.class_counts(len(source.class_names))
     if per == "patient" and samples.target.exclusive:
         labels = [label for label, _ in set(_units(source, samples))]
         counts = np.bincount(labels, minlength=len(source.class_names))
-    for name, count in zip(source.class_names, counts, strict=True):
-        if count < shots + spare:
-            also = " and one for the test" if spare else ""
+    fewer = {
+        name: count
+        for name, count in zip(source.class_names, counts.tolist(), strict=True)
+        if count < shots
+    }
+    for name, count in fewer.items():
+        if count == 0:
             group = " of the patients to train on" if samples.patients and per == "image" else ""
-            raise InputError(
-                f"class {name!r} has {count} {per}s{group}, fewer than data.shots={shots}{also}: "
-                f"lower data.shots or add {per}s"
-            )
+            raise InputError(f"class {name!r} has 0 {per}s{group}: add {per}s, or remove the class")
+    return [f"{name} ({count})" for name, count in fewer.items()]
 
 
 def _check_patients(parts: dict[str, Samples]) -> None:

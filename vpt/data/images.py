@@ -1,22 +1,25 @@
-"""Image files: found, checked, and read as RGB whatever their mode; samples made of them."""
+"""Image files: checked, and read as RGB whatever their mode; samples made of them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vpt import targets
 from vpt.config import Window
 from vpt.data.dicom import read_frame
+from vpt.data.pixels import Range, decode
 from vpt.errors import InputError
 from vpt.targets import Target
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".qoi", ".tga"),
+    *(".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+}
 _DICOM_SUFFIXES = {".dcm", ".dicom"}
 
 
@@ -79,12 +82,12 @@ class Samples:
             patients=self.patients and self.patients + (other.patients or []),
         )
 
-    def read(self, index: int, least: int | None = None) -> Image.Image:
-        """One image as RGB; see `read_image` for `least`."""
+    def read(self, index: int, least: int | None = None, grey: Range | None = None) -> Image.Image:
+        """One image as RGB; see `read_image` for `least` and `grey`."""
         image = self.images[index]
         if isinstance(image, np.ndarray):
             return array_to_image(image)
-        return read_image(image, least, self.windows)
+        return read_image(image, least, self.windows, grey)
 
 
 def samples_of(
@@ -96,36 +99,6 @@ def samples_of(
     return Samples([root / name for name in names], labels, names, patients)
 
 
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """`paths`, with the images below it in the place of each folder.
-
-    Raises:
-        InputError: a folder without images.
-    """
-    files: list[Path] = []
-    for path in paths:
-        found = find_images(path) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no images in this folder")
-        files += found
-    return files
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Image files below `folder`, in an order that no file system changes.
-
-    By suffix; DICOM also by its first bytes.
-    """
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return [
-        path
-        for relative, path in sorted(found.items())
-        if not any(is_hidden(part) for part in relative.split("/"))
-        and path.is_file()
-        and (path.suffix.lower() in SUFFIXES or is_dicom(path))
-    ]
-
-
 def is_dicom(path: Path) -> bool:
     """By its suffix or, as archives of hospitals give none, by its first bytes."""
     suffix = path.suffix.lower()
@@ -135,57 +108,33 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
 
 
-def is_hidden(name: str) -> bool:
-    """True for files and folders that are not the user's: `.x`, and the `__MACOSX` of archives."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def read_image(
-    path: Path, least: int | None = None, windows: tuple[Window, ...] | None = None
+    path: Path,
+    least: int | None = None,
+    windows: tuple[Window, ...] | None = None,
+    grey: Range | None = None,
 ) -> Image.Image:
-    """The image as RGB, upright by its EXIF orientation, transparency on white.
+    """The image as RGB, as `pixels.decode` says; DICOM as `dicom.read_frame` does.
 
-    16-bit grey is scaled from its full range, 0–65535 (see `_grey8`). With `least`, a JPEG is
-    decoded at the smallest of its scales (1/8 to 1) that leaves so many pixels a side: faster.
-    DICOM is read as `dicom.read_frame` says, through `windows` if there are any.
+    Args:
+        path: an image file.
+        least: a JPEG is decoded at the smallest of its scales (1/8 to 1) that leaves so many pixels
+            a side: faster.
+        windows: DICOM is read through them.
+        grey: the range of grey images with more than 8 bits, see `Preprocess.grey_range`.
 
     Raises:
         InputError: the file is missing, truncated, too large, encrypted or not an image; not CT,
             but there are windows.
     """
     try:
-        return _decode(path, least, windows)
+        return read_pixels(path, least, windows, grey)[0]
     except InputError:
         raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, …
         raise InputError(
-            f"{path}: not an image that can be read ({_reason(error)}): replace or remove it"
+            f"{path}: not an image that can be read ({reason(error)}): replace or remove it"
         ) from None
-
-
-def check_images(
-    paths: Sequence[Path],
-    windows: tuple[Window, ...] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Decode every file once, JPEG at 1/8 scale; `progress(done, total)` after each.
-
-    Raises:
-        InputError: names the first three that can't be read, and says how many there are.
-    """
-    bad = []
-    with ThreadPoolExecutor() as pool:  # Pillow's decoders release the GIL
-        for done, problem in enumerate(pool.map(partial(_problem, windows), paths), start=1):
-            if problem:
-                bad.append(problem)
-            if progress:
-                progress(done, len(paths))
-    if bad:
-        more = ", …" if len(bad) > 3 else ""
-        raise InputError(
-            f"{len(bad)} of {len(paths)} images can't be read: {', '.join(bad[:3])}{more}: "
-            "replace or remove them"
-        )
 
 
 def array_to_image(array: np.ndarray) -> Image.Image:
@@ -203,47 +152,24 @@ def array_to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if channels == (1,) else array).convert("RGB")
 
 
-def _decode(path: Path, least: int | None, windows: tuple[Window, ...] | None) -> Image.Image:
+def read_pixels(
+    path: Path, least: int | None, windows: tuple[Window, ...] | None, grey: Range | None
+) -> tuple[Image.Image, Range | None]:
+    """As `read_image`; and of grey with more than 8 bits (else None) its lowest and highest value.
+
+    Raises:
+        Exception: anything, for decoders raise anything; see `reason`.
+    """
     if is_dicom(path):
-        return array_to_image(read_frame(path, windows))
+        return array_to_image(read_frame(path, windows)), None
     if windows:
         raise ValueError("data.windows is for DICOM, which it is not")
-    # Not Image.open(path): Pillow then maps a TIFF with an EXIF orientation with its sides swapped.
-    with path.open("rb") as file, Image.open(file) as opened:
-        if least:
-            opened.draft(None, (least, least))
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith(("I", "F")):  # I, I;16, I;16B, F
-        image = _grey8(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return image.convert("RGB")
+    with path.open("rb") as file:
+        return decode(file, least, grey)
 
 
-def _grey8(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion to 8 bits clips at 255, which turns a 16-bit scan white. The scale is
-    # the same for all images (not each one's own maximum), so that brightness stays comparable.
-    pixels = np.asarray(image).astype(np.float64)
-    low, high = pixels.min(), pixels.max()
-    full = 1 if image.mode == "F" and high <= 1 else 65535  # float files hold 0–1 or 16-bit values
-    if not (low >= 0 and high <= full):  # also NaN
-        raise ValueError(f"grey values {low:g} to {high:g} are not within 0 to 65535")
-    return Image.fromarray(np.rint(pixels * 255 / full).astype(np.uint8))
-
-
-def _problem(windows: tuple[Window, ...] | None, path: Path) -> str | None:
-    try:
-        _decode(path, least=1, windows=windows)
-    except InputError:
-        raise
-    except Exception as error:
-        return f"{path} ({_reason(error)})"
-    return None
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why an image can't be read, in a line."""
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     message = getattr(error, "strerror", None) or str(error) or type(error).__name__

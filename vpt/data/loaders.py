@@ -64,7 +64,7 @@ class ImageDataset(Dataset):
     def _prepared(self, index: int) -> np.ndarray:
         if index in self.cache:
             return self.cache[index]
-        image = self.prepare(self.samples.read(index))
+        image = self.prepare(self.samples.read(index, grey=self.preprocess.grey_range))
         worker = get_worker_info()
         size = image.nbytes * (worker.num_workers if worker else 1)
         if size <= self.cache_left:

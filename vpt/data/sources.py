@@ -1,7 +1,9 @@
 """Opens the data that a configuration means: card and root → class names, templates, parts."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from vpt.data import layouts, medmnist
 from vpt.data.cards import Card, load_card, plain_card
 from vpt.data.dicom import patient
 from vpt.data.images import Samples, is_dicom
+from vpt.data.layouts import Read
+from vpt.data.search import composed, matches, say
 from vpt.errors import InputError, some
 from vpt.targets import Target
 
@@ -28,6 +32,8 @@ class Source:
     templates: list[str]
     augment: Augment
     parts: dict[str, Samples]
+    left_out: dict[str, int] = field(default_factory=dict)  # number of each kind
+    notes: list[str] = field(default_factory=list)  # lines on how the files were understood
 
     @property
     def target(self) -> Target:
@@ -52,10 +58,15 @@ def open_source(config: DataConfig) -> Source:
     card = _card(name, root)
     root = root or medmnist.downloaded(name)
     layout = layouts.find(card.layout)
-    _check_root(root, layout.ROOT, name, card)
+    if root is None or not layout.recognise(root):
+        _check_root(root, layout.ROOT, name, card)
     if root is not None:
         _check_sums(root, card)
-    found, parts = layout.read(root, card)
+    patterns = {"exclude": config.exclude, "include": config.include}
+    given = {key: value for key, value in patterns.items() if value is not None}
+    card = card.model_copy(update=given)
+    found, parts, kinds, notes = Read(*layout.read(root, card))
+    parts, kinds = _exclude(parts, dict(kinds), card)
     _check_dump(parts, card, where=f"data.root={root}")
     if config.windows and any(isinstance(s.images, np.ndarray) for s in parts.values()):
         raise InputError(f"data.windows={','.join(config.windows)}: {name} is not DICOM: drop it")
@@ -64,6 +75,9 @@ def open_source(config: DataConfig) -> Source:
         part: replace(samples, patients=patients[part], windows=config.windows)
         for part, samples in parts.items()
     }
+    if config.classes:
+        classes = [composed(name) for name in config.classes]
+        config = config.model_copy(update={"classes": classes})
     class_names = _class_names(found, config, card, where=f"data.root={root}")
     if config.classes and set(config.classes) == set(found):  # the same names: another label order
         order = np.array([class_names.index(name) for name in found])
@@ -82,7 +96,33 @@ def open_source(config: DataConfig) -> Source:
         templates=templates,
         augment=config.augment or card.augment,
         parts=parts,
+        left_out=dict(sorted(Counter(kinds.values()).items())),
+        notes=[*notes, *_say_left_out(kinds, card)],
     )
+
+
+def _exclude(
+    parts: dict[str, Samples], kinds: dict[str, str], card: Card
+) -> tuple[dict[str, Samples], dict[str, str]]:
+    """Parts without samples that the card excludes, of a layout that has not left them out."""
+    for samples in parts.values():
+        for name in samples.names:
+            pattern = next((p for p in card.exclude if matches(name, p)), None)
+            if pattern and not any(matches(name, p) for p in card.include):
+                kinds[name] = f"excluded by {pattern}"
+    return {part: _without(samples, kinds) for part, samples in parts.items()}, kinds
+
+
+def _without(samples: Samples, names: Collection[str]) -> Samples:
+    kept = [i for i, name in enumerate(samples.names) if name not in names]
+    return samples if len(kept) == len(samples) else samples.take(kept)
+
+
+def _say_left_out(kinds: dict[str, str], card: Card) -> list[str]:
+    used = set(kinds.values())
+    unused = [p for p in card.exclude if f"excluded by {p}" not in used]
+    said = [f"left out {say(kinds)}"] if kinds else []
+    return [*said, *(f"no file matches data.exclude={pattern}" for pattern in unused)]
 
 
 def _class_names(found: list[str], config: DataConfig, card: Card, where: str) -> list[str]:

@@ -25,10 +25,13 @@ class Preprocess(Strict):
     crop_mode: Literal["center", "squash", "border"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    # grey values that become 0 and 255, of images with more than 8 bits; None: the training images
+    # had none, see `pixels.decode`
+    grey_range: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return self.model_dump(mode="json")
+        """As plain JSON values; no grey range is no key."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Preprocess":

@@ -1,4 +1,4 @@
-"""An artefact at work: its figures on labelled images, its predictions on others."""
+"""Evaluate an artefact on labelled images, or predict new ones."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ from vpt.config import (
     validate,
 )
 from vpt.data.fewshot import split_data
-from vpt.data.images import check_images, list_images
-from vpt.data.loaders import make_loader
+from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
+from vpt.data.survey import Survey, survey_images
 from vpt.engine.decision import Decision, resampled_figures
-from vpt.engine.evaluate import EVAL_BATCH
-from vpt.engine.evaluate import predict as logits_and_labels
+from vpt.engine.evaluate import outputs
+from vpt.engine.folder import RunFolder
 from vpt.engine.progress import Log
-from vpt.engine.run import NOTICE, RunFolder
+from vpt.engine.run import NOTICE
 from vpt.errors import InputError
 from vpt.methods import Method
 
@@ -58,7 +58,7 @@ def evaluate(
         "data": {**metadata.get("data", {}), "root": root},
         "backbone": artifact.backbone_settings(metadata),
     }
-    settings = validate(Settings, apply_overrides(settings, overrides), where=str(path))
+    settings = validate(Settings, apply_overrides(Settings, settings, overrides), where=str(path))
     source = open_source(settings.data)
     differing = set(source.class_names) ^ set(metadata["class_names"])
     if differing:
@@ -71,34 +71,41 @@ def evaluate(
             f"{path}: the data has its classes in another order: "
             f"give data.classes=[{','.join(metadata['class_names'])}]"
         )
-    if every:
-        _check_unseen(source, settings.data, metadata, path)
-        tests = list(source.parts.values())
-    else:
-        split = split_data(source, settings.data)
-        if split.hash != metadata.get("split_hash"):
-            raise InputError(
-                f"{path}: trained with split {metadata.get('split_hash')}, but this data gives "
-                f"{split.hash}: give the same data, shots and seed, or --all if none of these "
-                "images was trained on"
-            )
-        tests = [split.test]
+    tests = _test_samples(source, settings.data, metadata, path, every)
     files = [path for test in tests for path in test.images if isinstance(path, Path)]
-    check_images(files, settings.data.windows)
+    grey = metadata["preprocess"].get("grey_range")
+    survey_images(files, settings.data.windows).through(grey, log).check()
     log(f"testing on {sum(map(len, tests))} images")
     backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
     model = artifact.load(path, backbone)
     precision = metadata.get("precision", "auto")
-    loaders = [make_loader(test, model.backbone.preprocess, EVAL_BATCH) for test in tests]
-    outputs = [logits_and_labels(model, loader, precision) for loader in loaders]
-    logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    tested = [outputs(model, test, precision) for test in tests]
+    logits, labels = (torch.cat(parts) for parts in zip(*tested, strict=True))
     patients = [patient for test in tests for patient in test.patients or []] or None
     decision = Decision(**metadata["decision"]) if "decision" in metadata else None
+    names = source.class_names
     return {
         **model.target.metrics(logits, labels),
-        **resampled_figures(model.target, logits, labels, source.class_names, patients, decision),
+        **resampled_figures(model.target, logits, labels, names, patients, decision),
         **({"notice": NOTICE} if metadata.get("medical") else {}),
     }
+
+
+def _test_samples(
+    source: Source, data: DataConfig, metadata: dict[str, Any], path: Path, every: bool
+) -> list[Samples]:
+    """The test part of the split that the artefact was trained with, or `every` image."""
+    if every:
+        _check_unseen(source, data, metadata, path)
+        return list(source.parts.values())
+    split = split_data(source, data)
+    if split.hash != metadata.get("split_hash"):
+        raise InputError(
+            f"{path}: trained with split {metadata.get('split_hash')}, but this data gives "
+            f"{split.hash}: give the same data, shots and seed, or --all if none of these "
+            "images was trained on"
+        )
+    return [split.test]
 
 
 def _check_unseen(source: Source, data: DataConfig, metadata: dict[str, Any], path: Path) -> None:
@@ -125,25 +132,45 @@ def load(path: Path, checkpoint: str | None = None) -> Method:
     return artifact.load(path, backbones.load(name, checkpoint) if name and checkpoint else None)
 
 
+def survey(paths: Sequence[Path], metadata: dict[str, Any], log: Log) -> Survey:
+    """The image files that `paths` mean, for the artefact of `metadata`; says what is wrong.
+
+    Raises:
+        InputError: a folder without images, or no file that can be read.
+    """
+    found = survey_images(list_images(paths, log), metadata.get("data", {}).get("windows"))
+    found = found.through(metadata["preprocess"].get("grey_range"), log)
+    if not found.readable:
+        found.check()
+    for path, reason in found.broken.items():
+        log(f"{path}: left out, it can't be read ({reason})")
+    return found
+
+
 def predict(
-    path: Path, images: Sequence[Path], checkpoint: str | None = None
+    path: Path, images: Sequence[Path], checkpoint: str | None = None, log: Log = print
 ) -> Iterator[dict[str, Any]]:
     """The decision on each image file, in order; folders are searched. See `Decision.describe`.
 
-    `checkpoint` is the backbone's file of weights, where it is not at its place in training.
+    Files that cannot be read are left out, and named by an error after the last decision.
+
+    Args:
+        path: the artefact.
+        images: files and folders.
+        checkpoint: the backbone's file of weights, where it is not at its place in training.
+        log: takes lines for the user.
 
     Raises:
-        InputError: a path that is not there, a folder without images, a file that is no image.
+        InputError: a folder without images; at the end, files that are missing or no image.
     """
-    files = list_images(images)
     _, metadata = artifact.read(path)
-    windows = metadata.get("data", {}).get("windows")
-    check_images(files, windows)
+    found = survey(images, metadata, log)
+    files = found.readable
     model = load(path, checkpoint).fold()
     names = [str(file) for file in files]
+    windows = metadata.get("data", {}).get("windows")
     samples = Samples(files, np.zeros(len(files), np.int64), names, windows=windows)
-    loader = make_loader(samples, model.backbone.preprocess, EVAL_BATCH)
-    logits, _ = logits_and_labels(model, loader, metadata.get("precision", "auto"))
+    logits, _ = outputs(model, samples, metadata.get("precision", "auto"))
     decision = Decision(**metadata.get("decision", {}))
     notice = {"notice": NOTICE} if metadata.get("medical") else {}
     for file, row in zip(files, logits, strict=True):
@@ -152,3 +179,4 @@ def predict(
             **decision.describe(model.target, row, model.class_names),
             **notice,
         }
+    found.check()

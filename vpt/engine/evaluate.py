@@ -4,11 +4,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vpt import targets
+from vpt.data.images import Samples
+from vpt.data.loaders import make_loader
 from vpt.engine.accelerator import Precision, make_accelerator
 from vpt.errors import InputError
+from vpt.methods import Method
 from vpt.methods.base import Batch
 
 EVAL_BATCH = 120  # split evenly over 1 to 6, or 8, processes
@@ -34,7 +38,9 @@ def predict(
     accelerator = make_accelerator(precision)
     model.to(accelerator.device).eval()
     batches = []
-    for batch in map(Batch.of, accelerator.prepare(loader)):
+    conform = getattr(model, "conform", None)  # a model that is not of this package has none
+    for number, batch in enumerate(accelerator.prepare(loader)):
+        batch = Batch.read(batch, number, conform)
         with accelerator.autocast():
             logits = model(batch.inputs.to(accelerator.device))
         batches.append(accelerator.gather_for_metrics((logits.float(), batch.labels)))
@@ -42,6 +48,18 @@ def predict(
         raise InputError("no images to test on: the loader gives no batches")
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
     return logits, labels
+
+
+def test_loader(model: Method, samples: Samples, workers: int = 0) -> DataLoader:
+    """Batches of `samples` for `model`, in their order and without augmentation."""
+    return make_loader(samples, model.backbone.preprocess, EVAL_BATCH, workers=workers)
+
+
+def outputs(
+    model: Method, samples: Samples, precision: Precision = "auto", workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels of `samples`."""
+    return predict(model, test_loader(model, samples, workers), precision)
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:

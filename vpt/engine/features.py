@@ -11,13 +11,14 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vpt.artifact import digest, package_version, write_atomically
+from vpt.artifact import digest, write_atomically
 from vpt.engine.evaluate import EVAL_BATCH
 from vpt.engine.progress import Log
 from vpt.engine.training_set import INPUTS, Batches
 from vpt.errors import InputError
 from vpt.methods import Method
 from vpt.methods.base import Batch
+from vpt.resources import package_version
 
 
 class FrozenColumns:

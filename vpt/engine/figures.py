@@ -13,18 +13,20 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocC
 from torch import Tensor
 
 from vpt.artifact import write_atomically
+from vpt.engine.lettering import labels as shown
+from vpt.engine.lettering import legend, letter
 from vpt.targets import Target
 
 LABELLED = 25  # more classes than this are drawn without names and counts
 
 
 def draw_confusion(matrix: Tensor, class_names: Sequence[str], path: Path, note: str = "") -> None:
-    """Confusion matrix (C, C) of counts as a PNG, with `note` below."""
+    """Confusion matrix (C, C) of counts as a PNG, with `note` below; see `save` for the names."""
     few = len(class_names) <= LABELLED
     side = max(4.5, 0.5 * len(class_names)) if few else 8
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
-    names = [name.replace("$", r"\$") for name in class_names]  # no mathematics in names
+    names = _plain(class_names)
     display = ConfusionMatrixDisplay(matrix.numpy(), display_labels=names if few else None)
     display.plot(ax=axes, cmap="Blues", include_values=few, xticks_rotation="vertical")
     if not few:
@@ -33,7 +35,7 @@ def draw_confusion(matrix: Tensor, class_names: Sequence[str], path: Path, note:
         xlabel="predicted", ylabel="true", title=f"{int(matrix.trace())} of {int(matrix.sum())}"
     )
     figure.supxlabel(note, fontsize="medium")
-    save(figure, path)
+    save(figure, path, class_names if few else ())
 
 
 def draw_reliability(
@@ -44,14 +46,15 @@ def draw_reliability(
     Probabilities are (N, C); `Target.reliability` says of which predictions.
     """
     figure, axes = _square("reliability")
-    for name, values in probabilities.items():
+    names = _plain([*probabilities])
+    for name, values in zip(names, probabilities.values(), strict=True):
         right, confidence = target.reliability(values, labels)
         right, confidence = right.numpy().astype(int), confidence.clamp(0, 1).numpy()
         CalibrationDisplay.from_predictions(
             right, confidence, n_bins=bins, strategy="quantile", name=name, pos_label=1, ax=axes
         )
     axes.set(xlabel="confidence", ylabel="frequency")
-    return figure
+    return letter(figure)
 
 
 def draw_roc(
@@ -60,14 +63,14 @@ def draw_roc(
     """Sensitivity over 1 - specificity of each class against the rest, with its area.
 
     Probabilities are (N, C). Classes without both kinds of images have no curve; see also
-    `Target.curves`.
+    `Target.curves`. Names that no font has are numbers, see `lettering.legend`.
     """
     figure, axes = _square("ROC")
     for truth, scores, name in _curves(target, probabilities, labels, class_names):
         RocCurveDisplay.from_predictions(truth, scores, name=name, ax=axes)
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity")
-    return figure
+    return letter(figure)
 
 
 def draw_precision_recall(
@@ -78,7 +81,7 @@ def draw_precision_recall(
     for truth, scores, name in _curves(target, probabilities, labels, class_names):
         PrecisionRecallDisplay.from_predictions(truth, scores, name=name, ax=axes)
     axes.set(xlabel="sensitivity (recall)", ylabel="precision")
-    return figure
+    return letter(figure)
 
 
 def draw_risk_coverage(
@@ -113,16 +116,24 @@ def _curves(
     target: Target, probabilities: Tensor, labels: Tensor, class_names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
     """Truth, scores and name of each class that has a curve."""
-    truth = target.truth(labels, len(class_names)).numpy()
+    truth, names = target.truth(labels, len(class_names)).numpy(), _plain(class_names)
     for index in target.curves(len(class_names)):
         column = truth[:, index]
         if column.any() and not column.all():
-            name = class_names[index].replace("$", r"\$")
-            yield column, probabilities[:, index].numpy(), name
+            yield column, probabilities[:, index].numpy(), names[index]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
+def _plain(names: Sequence[str]) -> list[str]:
+    return [name.replace("$", r"\$") for name in shown(names)]  # no mathematics in names
+
+
+def save(figure: Figure, path: Path, names: Sequence[str] = ()) -> None:
+    """Write a figure as PNG, atomically.
+
+    Where it shows any of `names` as a number, for want of a font, a .txt beside it tells which.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    letter(figure).savefig(buffer, format="png", dpi=150)
     write_atomically(path, buffer.getvalue())
+    if lines := legend(names):
+        write_atomically(path.with_suffix(".txt"), "".join(f"{x}\n" for x in lines).encode())

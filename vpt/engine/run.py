@@ -1,8 +1,10 @@
-"""One run: a configuration in, a folder with the artefact and its figures out."""
+"""One run: a configuration in, a folder with the artefact and its metrics out, in four stages."""
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +16,69 @@ from vpt import artifact, backbones, methods
 from vpt.config import DataConfig, DecisionConfig, RunConfig, load_run, to_yaml
 from vpt.data.duplicates import Duplicate, find_duplicates
 from vpt.data.fewshot import Split, split_data
-from vpt.data.images import check_images
 from vpt.data.loaders import make_loader
+from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
+from vpt.data.survey import Survey, check_images
+from vpt.engine import train as training
 from vpt.engine.accelerator import processes
-from vpt.engine.decision import check_decision, fit_decision, resampled_figures
-from vpt.engine.evaluate import EVAL_BATCH, confusion, predict
+from vpt.engine.decision import Decision, check_decision, fit_decision, resampled_figures
+from vpt.engine.epochs import Record
+from vpt.engine.evaluate import confusion, outputs, test_loader
 from vpt.engine.figures import draw_confusion
+from vpt.engine.folder import RunFolder, default_folder
 from vpt.engine.progress import Log
-from vpt.engine.train import Record, find_loss, fit
+from vpt.engine.train import find_loss
 from vpt.errors import InputError
+from vpt.methods import Method
+from vpt.resources import package_version
 
 NOTICE = "Not for clinical use."  # with every result of medical data
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Where a run leaves its files."""
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What `prepare` read and checked, and the model to train."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON record an epoch."""
-        return self.path / "metrics.jsonl"
+    config: RunConfig
+    folder: RunFolder
+    source: Source
+    split: Split
+    calibration: Samples | None
+    duplicates: list[Duplicate]
+    model: Method
 
     @property
-    def prompt(self) -> Path:
-        """The artefact."""
-        return self.path / "prompt.safetensors"
+    def details(self) -> dict[str, Any]:
+        """Metadata of the artefact. No root: it carries no paths of its images."""
+        data = self.config.data.model_dump(exclude={"root", "workers", "duplicates"})
+        return {
+            "data": data | {"name": self.source.name},
+            "templates": self.source.templates,
+            "medical": self.source.medical,
+            "split_hash": self.split.hash,
+            "config_hash": self.config.hash,
+            "precision": self.config.train.precision,
+        }
 
-    @property
-    def duplicates(self) -> Path:
-        """One JSON record a test image that looks like a training image; there only if any does."""
-        return self.path / "duplicates.jsonl"
+    def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) and labels of `samples`."""
+        precision, workers = self.config.train.precision, self.config.data.workers
+        logits, labels = outputs(self.model, samples, precision, workers)
+        if not logits.isfinite().all():  # the very last step may be what breaks the prompt
+            raise InputError(f"the logits of {self.folder.prompt} are not finite: lower train.lr")
+        return logits, labels
 
-    @property
-    def failure(self) -> Path:
-        """Why a suite could not do the run, in one line; there only if its last attempt failed."""
-        return self.path / "failure.txt"
 
-    @property
-    def result(self) -> Path:
-        """The figures; there only when the run is finished."""
-        return self.path / "result.json"
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """Logits and labels of the test images, their metrics, and what else `test` found."""
 
-    @property
-    def checkpoint(self) -> Path:
-        """State to resume from; there only while the run is not finished."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def confusion(self) -> Path:
-        """The confusion matrix on the test images."""
-        return self.path / "confusion.png"
+    logits: Tensor
+    labels: Tensor
+    metrics: dict[str, Any]
+    intervals: dict[str, Any]
+    decision: Decision | None
 
 
 def run(
@@ -81,7 +87,7 @@ def run(
     """Train and evaluate what `config` says; returns the contents of result.json.
 
     Everything that can be wrong with the input is checked before the first file is written. The
-    test images are read for figures once, after the last epoch.
+    test images are read for metrics once, after the last epoch.
 
     Args:
         config: from `vpt.config.load_run`.
@@ -95,20 +101,35 @@ def run(
     folder = RunFolder(config.out or default_folder(config))
     if finished := _finished(folder, config, resume):
         return finished
+    prepared = prepare(config, log)
+    history = fit(prepared, log, progress)
+    return write(prepared, history, test(prepared, log))
+
+
+def prepare(config: RunConfig, log: Log = print) -> Prepared:
+    """Read and check all that a run needs, and attach the method; writes nothing.
+
+    Raises:
+        InputError: anything that is wrong with the input.
+    """
+    folder = RunFolder(config.out or default_folder(config))
     source = open_source(config.data)
     split = split_data(source, config.data)
     _check_same_split(folder, split)
-    check_split_images(split)
+    survey = check_split_images(split)
     calibration = _calibration(config, source, split)
     methods.check_options(config.method.name, config.method.options)
-    log(f"data: {describe(source, split, config.data)}")
-    duplicates = _duplicates(config, split, log)
+    for line in [describe(source, split, config.data), *source.notes, *split.notes]:
+        log(f"data: {line}")
+    grey = _grey_range(survey, split, log)
+    duplicates = _duplicates(config, split, grey, log)
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
     backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
     backbone.exact_tokens = config.engine.exact_tokens
     backbone.checkpointing = config.engine.checkpointing
+    backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
     if not backbone.knows_rows:
         log(f"{config.backbone.name}: blocks of an unknown type, so prompts run as tokens")
     model = methods.attach(
@@ -119,60 +140,43 @@ def run(
         **method_options(config, source),
     )
     find_loss(config.train.loss, model)
-    tunable = sum(p.numel() for p in model.tunable_parameters().values())
-    kept = model.artifact_tensors()
-    stored = sum(p.numel() for name, p in model.named_parameters() if name in kept)
+    tunable = num_tunable(model)
     log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+    return Prepared(config, folder, source, split, calibration, duplicates, model)
 
-    details = {
-        # no root: an artefact carries no paths of its images
-        "data": config.data.model_dump(exclude={"root", "workers", "duplicates"})
-        | {"name": source.name},
-        "templates": source.templates,
-        "medical": source.medical,
-        "split_hash": split.hash,
-        "config_hash": config.hash,
-        "precision": config.train.precision,
-    }
+
+def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
+    """Train, or go on from the checkpoint; the artefact and metrics.jsonl follow each epoch.
+
+    Raises:
+        InputError: as `vpt.fit`; says which prompt is kept.
+    """
+    config, folder, model = prepared.config, prepared.folder, prepared.model
+    split, source = prepared.split, prepared.source
     processes().wait_for_everyone()  # all have seen whether the folder held a run
-    main = processes().is_main_process
-    if main:
+    if processes().is_main_process:
         artifact.write_atomically(folder.config, to_yaml(config).encode())
-        if duplicates:
-            lines = "".join(f"{json.dumps(pair._asdict())}\n" for pair in duplicates)
-            artifact.write_atomically(folder.duplicates, lines.encode())
-
-    def keep(history: list[Record]) -> None:
-        artifact.save(model, folder.prompt, **details)
-        lines = "".join(f"{json.dumps(record)}\n" for record in history)
-        artifact.write_atomically(folder.metrics, lines.encode())
-
-    def loader(samples: Samples, train: bool = False) -> Any:
-        return make_loader(
-            samples,
-            backbone.preprocess,
-            config.train.batch_size if train else EVAL_BATCH,
-            train=train,
-            augment=source.augment if train and not model.solved else "none",
-            seed=config.train.seed,
-            workers=config.data.workers,
-        )
-
-    def outputs(samples: Samples) -> tuple[Tensor, Tensor]:
-        logits, labels = predict(model, loader(samples), config.train.precision)
-        if not logits.isfinite().all():  # the very last step may be what breaks the prompt
-            raise InputError(f"the logits of {folder.prompt} are not finite: lower train.lr")
-        return logits, labels
-
+        if prepared.duplicates:
+            pairs = [pair._asdict() for pair in prepared.duplicates]
+            artifact.write_atomically(folder.duplicates, _lines(pairs))
+    train = make_loader(
+        split.train,
+        model.backbone.preprocess,
+        config.train.batch_size,
+        train=True,
+        augment="none" if model.solved else source.augment,
+        seed=config.train.seed,
+        workers=config.data.workers,
+    )
     begin = time.perf_counter()
     try:
-        history = fit(
+        history = training.fit(
             model,
-            loader(split.train, train=True),
-            loader(split.val) if split.val is not None else None,
+            train,
+            split.val and test_loader(model, split.val, config.data.workers),
             config.train,
             checkpoint=folder.checkpoint,
-            on_epoch=keep,
+            on_epoch=partial(_keep, prepared),
             engine=config.engine,
             progress=progress,
             log=log,
@@ -180,59 +184,84 @@ def run(
     except InputError as error:
         kept = f"; the prompt of the epoch before is in {folder.prompt}"
         raise InputError(f"{error}{kept if folder.prompt.is_file() else ''}") from None
-    train_seconds = sum(record["seconds"] for record in history)
     log(f"trained in {time.perf_counter() - begin:.0f} s; testing on {len(split.test)} images")
+    return history
 
-    decision = None
+
+def test(prepared: Prepared, log: Log = print) -> Tested:
+    """Fit the decision that is wanted, and evaluate on the test images.
+
+    Raises:
+        InputError: logits that are not finite.
+    """
+    config, split, source = prepared.config, prepared.split, prepared.source
+    target, decision, calibration = prepared.model.target, None, prepared.calibration
     if calibration is not None:
         part = "validation" if split.calibration is None else "calibration"
         log(f"decision: fitted on {len(calibration)} {part} images")
-        decision = fit_decision(
-            config.decision, model.target, *outputs(calibration), source.class_names, log
-        )
-        details["decision"] = decision.model_dump()
-    logits, labels = outputs(split.test)
-    figures = model.target.metrics(logits, labels)
+        logits, labels = prepared.outputs(calibration)
+        decision = fit_decision(config.decision, target, logits, labels, source.class_names, log)
+    logits, labels = prepared.outputs(split.test)
+    patients = split.test.patients
+    intervals = resampled_figures(target, logits, labels, source.class_names, patients, decision)
+    return Tested(logits, labels, target.metrics(logits, labels), intervals, decision)
+
+
+def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str, Any]:
+    """Write the artefact and the files of a finished run; returns the contents of result.json."""
+    config, folder, model = prepared.config, prepared.folder, prepared.model
+    source, split, kept = prepared.source, prepared.split, model.artifact_tensors()
     result = {
-        **figures,
-        **resampled_figures(
-            model.target, logits, labels, source.class_names, split.test.patients, decision
-        ),
+        **tested.metrics,
+        **tested.intervals,
         **({"notice": NOTICE} if source.medical else {}),
-        "tunable_parameters": tunable,
-        "stored_parameters": stored,  # of the artefact, whether a step trains them or not
-        "trained": "loss" in history[-1],  # False: solved, or left as it starts
-        "train_seconds": train_seconds,
+        "tunable_parameters": num_tunable(model),
+        # of the artefact, whether a step trains them or not
+        "stored_parameters": sum(p.numel() for n, p in model.named_parameters() if n in kept),
+        "trained": "loss" in history[-1],  # False: fitted at once, or left as it starts
+        "train_seconds": sum(record["seconds"] for record in history),
         "method": model.name,
         "backbone": config.backbone.name,
         "fingerprint": model.backbone.fingerprint()[:16],
         "data": source.name,
+        "left_out": source.left_out,
         "shots": config.data.shots,
         "shots_per": config.data.shots_per,
         "num_train": len(split.train),
         "seed": config.data.seed,
         "config_hash": config.hash,
         "split_hash": split.hash,
-        "version": artifact.package_version(),
+        "version": package_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    if main:
-        keep(history)
-        artifact.save(model, folder.prompt, **details, figures=figures)
-        artifact.write_atomically(folder.result, json.dumps(result, indent=2).encode())
-        if source.target.exclusive:
-            matrix, note = confusion(logits, labels), NOTICE if source.medical else ""
-            draw_confusion(matrix, source.class_names, folder.confusion, note)
-        folder.checkpoint.unlink(missing_ok=True)
+    if not processes().is_main_process:
+        return result
+    details = {"figures": tested.metrics}
+    if tested.decision is not None:
+        details["decision"] = tested.decision.model_dump()
+    _keep(prepared, history, **details)
+    artifact.write_atomically(folder.result, json.dumps(result, indent=2).encode())
+    if source.target.exclusive:
+        matrix = confusion(tested.logits, tested.labels)
+        note = NOTICE if source.medical else ""
+        draw_confusion(matrix, source.class_names, folder.confusion, note)
+    folder.checkpoint.unlink(missing_ok=True)
     return result
 
 
-def default_folder(config: RunConfig) -> Path:
-    """runs/METHOD-DATA-SHOTSshot-seedSEED."""
-    data = config.data.name or (config.data.root.stem if config.data.root else "data")
-    shots = "all" if config.data.shots is None else f"{config.data.shots}shot"
-    return Path("runs") / f"{config.method.name}-{data}-{shots}-seed{config.data.seed}"
+def num_tunable(model: Method) -> int:
+    """Number of values that train."""
+    return sum(p.numel() for p in model.tunable_parameters().values())
+
+
+def _keep(prepared: Prepared, history: list[Record], **details: Any) -> None:
+    artifact.save(prepared.model, prepared.folder.prompt, **prepared.details, **details)
+    artifact.write_atomically(prepared.folder.metrics, _lines(history))
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
 def method_options(config: RunConfig, source: Source) -> dict[str, Any]:
@@ -243,11 +272,25 @@ def method_options(config: RunConfig, source: Source) -> dict[str, Any]:
     return options
 
 
-def check_split_images(split: Split) -> None:
+def check_split_images(split: Split) -> Survey:
     """Decode every image file of the split once, so that a broken one is said before training."""
     parts = [p for p in (split.train, split.val, split.calibration, split.test) if p is not None]
     files = [path for part in parts for path in part.images if isinstance(path, Path)]
-    check_images(files, split.train.windows)
+    return check_images(files, split.train.windows)
+
+
+def _grey_range(survey: Survey, split: Split, log: Log) -> Range | None:
+    """One range for all grey images with more than 8 bits, chosen from the training images.
+
+    Raises:
+        InputError: they have at most 8 bits, but others have values that need a range.
+    """
+    training = {path for path in split.train.images if isinstance(path, Path)}
+    grey = choose_range(values for path, values in survey.grey.items() if path in training)
+    if grey:
+        log(f"grey images: values from {grey[0]:g} to {grey[1]:g}, as the training images have")
+    survey.through(grey, log).check()
+    return grey
 
 
 def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | None:
@@ -265,12 +308,12 @@ def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | N
     return samples
 
 
-def _duplicates(config: RunConfig, split: Split, log: Log) -> list[Duplicate]:
+def _duplicates(config: RunConfig, split: Split, grey: Range | None, log: Log) -> list[Duplicate]:
     """Test images that look like training images, unless `data.duplicates` is ignore."""
     wanted = config.data.duplicates or ("stop" if split.train.patients else "warn")
     if wanted == "ignore":
         return []
-    pairs = find_duplicates(split)
+    pairs = find_duplicates(split, grey)
     if pairs:
         parts = "test and calibration" if split.calibration else "test"
         number = len(split.test) + len(split.calibration or ())

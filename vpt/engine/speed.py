@@ -233,6 +233,7 @@ def _vpt_training(vit: VisionTransformer, tokens: int, batch: int) -> Work:
 
 def _vpt_inference(vit: VisionTransformer, tokens: int, batch: int) -> Work:
     model = methods.attach(vit, "vpt_deep", num_classes=10, num_tokens=tokens).eval()
+    model.requires_grad_(False)  # the FLOP counter hooks what does, also without gradients
     folded = model.fold()
     images = _images(batch, model)
     model.backbone.exact_tokens = True

@@ -13,7 +13,8 @@ from vpt import methods
 from vpt.config import Parts, RunConfig, Seed, SuiteConfig, compose
 from vpt.data import layouts
 from vpt.data.cards import load_card
-from vpt.engine.run import RunFolder, default_folder, run
+from vpt.engine.folder import RunFolder, default_folder
+from vpt.engine.run import run
 from vpt.errors import InputError
 
 RETRIES = 3  # of a run whose process or node died

@@ -52,7 +52,8 @@ def fit(
 
     Args:
         model: from `vpt.attach`.
-        train: batches (images (B, 3, H, W), labels), or `vpt.methods.base.Batch`.
+        train: batches (images (B, 3, H, W), labels), a mapping of them (`image`, `label`), or
+            `vpt.methods.base.Batch`; labels as `Target.conform` takes them.
         val: evaluated after each epoch and written down; never used to choose anything.
         config: a TrainConfig, or its settings; None: its defaults.
         loss: a name under vpt/losses, a class or an instance; None: `config.loss`.
@@ -75,14 +76,15 @@ def fit(
         raise InputError(f"fit needs a torch DataLoader to train on, not a {type(train).__name__}")
     if not isinstance(config, TrainConfig):
         config = validate(TrainConfig, config or {}, where="config")
-    chosen, images = find_loss(loss or config.loss, model), TrainingSet(train, model.target)
+    chosen = find_loss(loss or config.loss, model)
+    images = TrainingSet(train, model.target, len(model.class_names))
     engine = engine or EngineConfig()
     accelerator = make_accelerator(config.precision, engine.compile)
     config = _prepare(config, model, images, accelerator)
     begin = time.perf_counter()
     set_seed(config.seed)
     in_order = images.own or config.folds or model.cross_fitted
-    plain = Batches(images.plain if in_order else train)
+    plain = images.batches(images.plain if in_order else train)
     loss = _make(chosen, model, images)
     frozen = _frozen_columns(model, images, config, engine, accelerator, log)
     if model.solved:
@@ -156,7 +158,7 @@ def _make(loss: type[Loss] | Loss, model: Method, images: TrainingSet) -> Loss:
     """The loss for these training images."""
     if isinstance(loss, Loss):
         return loss
-    return loss(model.target, partial(images.class_counts, len(model.class_names)))
+    return loss(model.target, images.class_counts)
 
 
 def _frozen_columns(
@@ -216,8 +218,8 @@ def _start(
     loader: DataLoader,
 ) -> None:
     """Make `model` what it is before its first step on the images of `loader`."""
-    images = TrainingSet(loader, model.target)
-    batches = Batches(images.plain)
+    images = TrainingSet(loader, model.target, len(model.class_names))
+    batches = images.batches(images.plain)
     features = partial(image_features, model, batches, accelerator)
     model.before_epoch(Epoch(0, config.epochs, _make(loss, model, images), batches, features))
 
@@ -227,7 +229,7 @@ def _batches(
 ) -> tuple[Batches, Batches]:
     """The batches of steps and those of hooks, numbered where they have columns."""
     if not (frozen or model.cross_fitted):
-        return Batches(images.loader), plain
+        return images.batches(images.loader), plain
     columns = {}
     if model.cross_fitted:
         # the last is of images that were not there to be split
@@ -240,7 +242,7 @@ def _batches(
         unread=frozen is not None and model.frozen_features,
         views=frozen and frozen.views,
     )
-    return Batches(loader, columns), Batches(ordered, columns)
+    return images.batches(loader, columns), images.batches(ordered, columns)
 
 
 def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:

@@ -28,12 +28,20 @@ class TrainingSet:
     Attributes:
         loader: from `make_loader`, or any other.
         target: the kind of its labels.
+        num_classes: how many classes there are.
         own: `make_loader(…, train=True)` made it: all of its data set is trained on.
     """
 
-    def __init__(self, loader: DataLoader, target: Target) -> None:
-        self.loader, self.target = loader, target
+    def __init__(self, loader: DataLoader, target: Target, num_classes: int) -> None:
+        self.loader, self.target, self.num_classes = loader, target, num_classes
         self.own = isinstance(loader.sampler, EpochSampler)
+        if self.own:  # at once: no batch of theirs need be looked at
+            target.conform(loader.dataset.samples.labels, num_classes)
+
+    @property
+    def conform(self) -> Callable[[Any], Tensor] | None:
+        """Makes the target's labels of a batch's; None: they are such."""
+        return None if self.own else partial(self.target.conform, num_classes=self.num_classes)
 
     def check_parts(self, setting: str) -> None:
         """Refuses a loader that cannot be taken apart, as `setting` wants.
@@ -70,7 +78,7 @@ class TrainingSet:
         if isinstance(dataset, ImageDataset):  # nothing need be decoded
             return dataset.samples.labels[self.places]
         # copied, for tensors of workers hold a file descriptor each
-        labels = torch.cat([Batch.of(batch).labels.cpu().clone() for batch in self.plain]).numpy()
+        labels = torch.cat([batch.labels.cpu().clone() for batch in self._read(self.plain)]).numpy()
         _check_count(labels, self.places)
         return labels
 
@@ -102,13 +110,20 @@ class TrainingSet:
             workers=loader.num_workers,
         )
 
-    def class_counts(self, num_classes: int) -> Tensor:
+    def batches(self, loader: DataLoader, columns: dict[str, Tensor] | None = None) -> "Batches":
+        """Batches of `loader`, one of these images."""
+        return Batches(loader, columns, self.conform)
+
+    def class_counts(self) -> Tensor:
         """Number of images of each class (C,); those of another's loader are all read once."""
         if self.own:
             labels = self.labels
         else:
-            labels = torch.cat([Batch.of(batch).labels for batch in self.loader]).numpy()
-        return torch.from_numpy(self.target.class_counts(labels, num_classes))
+            labels = torch.cat([batch.labels for batch in self._read(self.loader)]).numpy()
+        return torch.from_numpy(self.target.class_counts(labels, self.num_classes))
+
+    def _read(self, loader: DataLoader) -> Iterator[Batch]:
+        return (Batch.read(batch, number, self.conform) for number, batch in enumerate(loader))
 
     def numbered(
         self, numbers: np.ndarray, other: int, *, unread: bool = False, views: int | None = None
@@ -138,18 +153,25 @@ class Batches:
         columns: (N, …) by name. One called `inputs` stands in for the images.
     """
 
-    def __init__(self, loader: DataLoader, columns: dict[str, Tensor] | None = None) -> None:
-        self.loader, self.columns = loader, columns or {}
+    def __init__(
+        self,
+        loader: DataLoader,
+        columns: dict[str, Tensor] | None = None,
+        conform: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """`conform` is that of the loader's `TrainingSet`."""
+        self.loader, self.columns, self.conform = loader, columns or {}, conform
         self.numbered = isinstance(loader.dataset, _Numbered)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            if not self.numbered:
-                yield Batch.of(batch)
+        for number, batch in enumerate(self.loader):
+            batch, places = batch if self.numbered else (batch, None)
+            batch = Batch.read(batch, number, self.conform)
+            if places is None:
+                yield batch
                 continue
-            batch, numbers = batch
             own = {
-                name: column[numbers.to(column.device)].to(numbers.device)
+                name: column[places.to(column.device)].to(places.device)
                 for name, column in self.columns.items()
             }
             cached = own.pop(INPUTS, None)
@@ -161,12 +183,12 @@ class Batches:
 
     def with_columns(self, columns: dict[str, Tensor]) -> "Batches":
         """The same with these columns too, or instead."""
-        return Batches(self.loader, {**self.columns, **columns})
+        return Batches(self.loader, {**self.columns, **columns}, self.conform)
 
     def prepared(self, accelerator: Accelerator) -> "Batches":
         """The same on the accelerator's device, split over its processes."""
         columns = {name: c.to(accelerator.device) for name, c in self.columns.items()}
-        return Batches(accelerator.prepare(self.loader), columns)
+        return Batches(accelerator.prepare(self.loader), columns, self.conform)
 
 
 class _Labels(Dataset):

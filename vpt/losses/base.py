@@ -12,7 +12,7 @@ class Loss:
     """Base of all losses. A loss is one file in this package, or a class of one's own.
 
     Attributes:
-        name: the file's name, unless the class says another.
+        name: the file's name; of a class outside this package, the class's.
         target: the kind of the labels.
         log_weights: (C,), the offset of each class's logit at the optimum, by which linear heads
             that are solved follow the loss; None: alike.
@@ -22,8 +22,8 @@ class Loss:
     log_weights: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
-        if "name" not in vars(cls):
-            cls.name = cls.__module__.rpartition(".")[2]
+        package, _, module = cls.__module__.rpartition(".")
+        cls.name = module if package == __package__ else cls.__name__
 
     def __init__(self, target: Target, counts: Callable[[], Tensor] | None = None) -> None:
         """`counts` reads the labels of all training images: their number in each class (C,)."""

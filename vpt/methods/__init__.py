@@ -1,16 +1,14 @@
 """One file a method, found by its file name; `attach` puts one on a frozen backbone."""
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from vpt import backbones, targets
+from vpt import backbones, modules, targets
 from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict, validate
-from vpt.errors import InputError, nearest
+from vpt.errors import InputError
 from vpt.methods.base import Method
 from vpt.targets import Target
 
@@ -19,8 +17,7 @@ __all__ = ["Method", "attach", "check_options", "names"]
 
 def names() -> list[str]:
     """Every method: the modules of this package that define one."""
-    modules = (info.name for info in pkgutil.iter_modules(__path__))
-    return sorted(name for name in modules if name != "base" and not name.startswith("_"))
+    return modules.names(__name__)
 
 
 def find(name: str) -> type[Method]:
@@ -29,11 +26,7 @@ def find(name: str) -> type[Method]:
     Raises:
         InputError: there is none; says the nearest name.
     """
-    if name not in names():
-        raise InputError(f"no method {name!r}{nearest(name, names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    classes = (value for value in vars(module).values() if isinstance(value, type))
-    return next(c for c in classes if issubclass(c, Method) and c.__module__ == module.__name__)
+    return modules.find(__name__, Method, name)
 
 
 def check_options(method: str | type[Method], options: dict[str, Any]) -> Strict:

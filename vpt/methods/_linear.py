@@ -49,7 +49,7 @@ class LinearReadout(Method):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(backbone, class_names, options, tokenizer)
-        self.head = Head(backbone.feature_dim, len(class_names))
+        self.head = Head(self.feature_dim, len(class_names))
         self.cross_fitted = options.head == "crossfit"
         if self.cross_fitted:
             self.head.requires_grad_(False)

@@ -51,8 +51,8 @@ class TextReadout(ClassEmbeddings):
     """The text of a class is `context name.`; the text tower stays frozen.
 
     Attributes:
-        context: (num_tokens, text_width), from the option `init` or N(0, 0.02²); None where the
-            text is fixed (`text_depth` is 0).
+        context: (num_tokens, text_width), from the words of the option `init`, then N(0, 0.02²);
+            None where the text is fixed (`text_depth` is 0).
         text_prompts: (text_depth - 1, num_tokens, text_width), which overwrite the context at the
             input of the text tower's blocks from the second on, from N(0, 0.02²); None: nothing
             does.
@@ -62,7 +62,7 @@ class TextReadout(ClassEmbeddings):
             can't share a beginning.
 
     Raises:
-        InputError: the text tower takes no learned context; `init` has too few words.
+        InputError: the text tower takes no learned context; a fixed text without words.
     """
 
     freezes_words: ClassVar[bool] = False  # words of `init` after `num_tokens`; False: all train
@@ -75,51 +75,41 @@ class TextReadout(ClassEmbeddings):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(backbone, class_names, options, tokenizer)
-        init = options.init.replace("_", " ") if options.init else None
-        words = init or " ".join(["X"] * options.num_tokens)
+        init = (options.init or "").replace("_", " ")
         names = [name.replace("_", " ") for name in class_names]
-        texts = [f"{words} {name}." for name in names]
-        depth, embeddings = self.text_depth(), None
         self.context = self.text_prompts = self.suffixes = None
-        if depth:
-            ids = backbone.text.words(words, tokenizer)
-            self.context = nn.Parameter(self._start(ids if init else None))
-            shape = min(depth, backbone.text.num_layers) - 1, *self.context.shape
-            self.text_prompts = nn.Parameter(0.02 * torch.randn(shape)) if shape[0] else None
-            self._lay_out(texts, names, len(ids), tokenizer)
+        embeddings = None
+        if self.text_depth():
+            self._start(init, names, tokenizer)
         elif not init:
             raise InputError("method.text_depth=0 fixes the text: give its words as method.init")
         else:
             with torch.no_grad():
-                embeddings = backbone.encode_texts(texts, tokenizer)
+                embeddings = backbone.encode_texts([f"{init} {n}." for n in names], tokenizer)
         self.register_buffer("class_embeddings", embeddings, persistent=False)
 
-    def _start(self, ids: Tensor | None) -> Tensor:
-        """The context before training: embeddings of the words `ids`, or random."""
+    def _start(self, init: str, names: Sequence[str], tokenizer: Tokenizer | None) -> None:
+        """Start the prompts, the context from words as far as there are any, and lay out texts."""
         tower, count = self.backbone.text, self.options.num_tokens
-        if ids is None:
-            return 0.02 * torch.randn(count, tower.width)
-        if self.freezes_words and len(ids) < count:
-            raise InputError(
-                f"method.init={self.options.init!r} has {len(ids)} tokens, but num_tokens={count}: "
-                "give more words, or init=null"
-            )
+        ids = tower.words(init, tokenizer)
+        if init and not self.freezes_words:
+            count = len(ids)
         with torch.no_grad():
-            return tower.embed(ids[:count] if self.freezes_words else ids).clone()
-
-    def _lay_out(
-        self, texts: Sequence[str], names: Sequence[str], words: int, tokenizer: Tokenizer | None
-    ) -> None:
-        """Tokenise texts that begin with the same `words`, and see where their context stands."""
-        tower, count = self.backbone.text, len(self.context)
-        tokens = tower.tokenize(texts, tokenizer)
+            known = tower.embed(ids[:count])
+        drawn = 0.02 * torch.randn(count - len(known), tower.width)
+        self.context = nn.Parameter(torch.cat([known, drawn.to(known)]))
+        depth = min(self.text_depth(), tower.num_layers)
+        if depth > 1:
+            self.text_prompts = nn.Parameter(0.02 * torch.randn(depth - 1, count, tower.width))
+        words = " ".join([*init.split(), *["X"] * len(drawn)])
+        tokens = tower.tokenize([f"{words} {name}." for name in names], tokenizer)
         lengths = [len(tower.words(name, tokenizer)) for name in names]
         order = tower.order(count, lengths, tokens.shape[1], self.name_position())
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", tower.places(order, count), persistent=False)
         if tower.is_causal and tower.knows_rows:
-            self.suffixes = tower.pack(tokens, words)
+            self.suffixes = tower.pack(tokens, max(count, len(ids)))
 
     def text_depth(self) -> int:
         """How many blocks of the text tower get a context of their own; 0: the text is fixed."""

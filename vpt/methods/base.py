@@ -1,7 +1,7 @@
 """Base of all methods: a frozen backbone, a few tensors that train, logits out."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +15,9 @@ from vpt.losses import Loss
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.targets import Target
 from vpt.targets.multiclass import Multiclass
+
+IMAGES = ("image", "images", "pixel_values", "img", "inputs", "x")  # names in a mapping
+LABELS = ("label", "labels", "target", "targets", "y")
 
 
 class Batch(NamedTuple):
@@ -34,9 +37,47 @@ class Batch(NamedTuple):
     cached: bool = False
 
     @classmethod
-    def of(cls, batch: "Batch | Sequence[Tensor]") -> "Batch":
-        """The batch that a loader gave: images and labels, or a Batch already."""
-        return batch if isinstance(batch, Batch) else cls(*batch)
+    def of(cls, batch: Any) -> "Batch":
+        """The batch that a loader gave: images, labels and what else; a mapping; or a Batch.
+
+        Raises:
+            InputError: it has no images and labels that are named or placed so.
+        """
+        if isinstance(batch, Batch):
+            return batch
+        if isinstance(batch, Mapping):
+            found = [next((n for n in names if n in batch), None) for names in (IMAGES, LABELS)]
+            if None not in found:
+                return cls(*(batch[name] for name in found))
+            raise InputError(
+                f"it has {', '.join(map(str, batch))}: name its images one of {', '.join(IMAGES)}, "
+                f"and its labels one of {', '.join(LABELS)}"
+            )
+        if isinstance(batch, Sequence) and len(batch) > 1:
+            return cls(*batch[:2])
+        raise InputError(f"it is a {type(batch).__name__}: give images and labels")
+
+    @classmethod
+    def read(cls, batch: Any, number: int, conform: Callable[[Any], Tensor] | None) -> "Batch":
+        """The batch of somebody's loader, with labels as `conform` makes them; None: as it is.
+
+        Raises:
+            InputError: as `of` and `conform`; says the batch's number.
+        """
+        try:
+            batch = cls.of(batch)
+            if conform is None:
+                return batch
+            images = batch.inputs
+            if not batch.cached and not (
+                isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4
+            ):
+                shape = tuple(getattr(images, "shape", ()))
+                kind = getattr(images, "dtype", type(images).__name__)
+                raise InputError(f"images are {kind} of shape {shape}: give floats (B, 3, H, W)")
+            return batch._replace(labels=conform(batch.labels).to(images.device))
+        except InputError as error:
+            raise InputError(f"batch {number} of the loader: {error}") from None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on `device`."""
@@ -136,8 +177,17 @@ class Method(nn.Module):
         return images
 
     def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
-        """Features (B, feature_dim) that the read-out half reads: the tower's own."""
+        """Features (B, feature_dim) that the read-out half reads: the tower's own.
+
+        Others read outputs of prompts (`Backbone.tokens`) or features before the projection
+        (`Backbone.pooled`).
+        """
         return self.backbone(images, prompts)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what `read` gives."""
+        return self.backbone.feature_dim
 
     def features(self, images: Tensor) -> Tensor:
         """Image features (B, feature_dim)."""
@@ -230,6 +280,10 @@ class Method(nn.Module):
 
     def make_constants(self) -> None:
         """Compute what no image changes; called for the inference form alone."""
+
+    def conform(self, labels: Any) -> Tensor:
+        """Labels of a batch from anybody's loader as the target has them; see `Target.conform`."""
+        return self.target.conform(labels, len(self.class_names))
 
     def train(self, mode: bool = True) -> "Method":
         """Training mode for the method's own modules; the backbone always stays in eval mode."""

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 import matplotlib as mpl
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from vpt.engine.lettering import labels, legend, letter
 from vpt.report.runs import shots_text
 
 STYLE = {
@@ -48,13 +49,17 @@ def draw_figures(cells: pd.DataFrame, curves: pd.DataFrame) -> dict[str, list[Dr
     lines = dict.fromkeys(zip(cells.backbone, cells.method, strict=True))
     several = cells.backbone.nunique() > 1
     looks = pd.DataFrame(sorted(lines), columns=["backbone", "method"])
-    looks["line"] = looks.method + (", " + looks.backbone if several else "")
+    names = list(looks.method + (", " + looks.backbone if several else ""))
+    looks["line"] = labels(names)
     palette = cycle(mpl.color_sequences["tab10" if len(lines) <= 10 else "tab20"])
     looks["colour"] = [colour for colour, _ in zip(palette, lines, strict=False)]
     cells, curves = cells.merge(looks), curves.merge(looks)
     with mpl.rc_context(STYLE):
         return {
-            data: list(_draw(part, curves[curves["data"] == data]))
+            data: [
+                replace(drawing, caption=" ".join([drawing.caption, *legend(names)]))
+                for drawing in _draw(part, curves[curves["data"] == data])
+            ]
             for data, part in cells.groupby("data")
         }
 
@@ -129,6 +134,6 @@ def _finish(figure: Figure, caption: str) -> Drawing:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.1, 0))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    letter(figure).savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     code = base64.b64encode(buffer.getvalue()).decode()
     return Drawing(f"data:image/svg+xml;base64,{code}", caption)

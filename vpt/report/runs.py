@@ -11,7 +11,7 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 
 from vpt.config import read_yaml
 from vpt.data.cards import Card
-from vpt.engine.run import RunFolder
+from vpt.engine.folder import RunFolder
 from vpt.errors import InputError
 
 CELL = ["data", "shots", "backbone", "method"]  # runs that differ in their seed only

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from vpt.errors import InputError
+
 if TYPE_CHECKING:  # data are listed, and refused, before torch is needed
     from torch import Tensor
 
@@ -23,7 +25,7 @@ class Target:
     N images have C classes, and a model's logits are (N, C) or (B, C).
 
     Attributes:
-        name: the file's name, unless the class says another.
+        name: the file's name; of a class outside this package, the class's.
         exclusive: True where an image is of one class: labels are class numbers (N,), and there
             are confusions, prediction sets and shots of patients.
         wording: follows the number of classes where a data set is described.
@@ -34,13 +36,17 @@ class Target:
     wording: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
-        if "name" not in vars(cls):
-            cls.name = cls.__module__.rpartition(".")[2]
+        package, _, module = cls.__module__.rpartition(".")
+        cls.name = module if package == __package__ else cls.__name__
 
     # Labels of a data set
 
     def fits(self, labels: Labels) -> bool:
         """True if `labels` are of this kind."""
+        raise NotImplementedError
+
+    def num_classes(self, labels: np.ndarray) -> int:
+        """Number of classes that `labels` need at least."""
         raise NotImplementedError
 
     def class_counts(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -102,6 +108,14 @@ class Target:
         raise NotImplementedError
 
     # Logits and labels
+
+    def conform(self, labels: Any, num_classes: int) -> Any:
+        """Labels of a batch from anybody's loader as this target has them, if they plainly are.
+
+        Raises:
+            InputError: they are not; says their shape and range.
+        """
+        return labels
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss, a scalar."""
@@ -193,3 +207,24 @@ class Target:
     def contrast(self, similarities: Tensor) -> Tensor:
         """Logits (…, C) from the similarities (…, texts) of an image and `texts`."""
         return similarities
+
+
+def misfit(labels: Tensor, mend: str) -> InputError:
+    """The refusal of a batch's labels, which says their shape and range."""
+    span = f", {labels.min():g} to {labels.max():g}" if labels.numel() else ""
+    return InputError(f"labels of shape {tuple(labels.shape)}{span}: {mend}")
+
+
+def as_tensor(labels: Any) -> Tensor:
+    """Labels as a loader gave them: a tensor, an array, or a list of numbers.
+
+    Raises:
+        InputError: something else, such as names.
+    """
+    import torch
+
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(labels[0] if isinstance(labels, Sequence) and labels else labels).__name__
+        raise InputError(f"labels are of type {kind}: give numbers in a tensor") from None

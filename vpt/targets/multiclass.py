@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from vpt.targets.base import ECE_BINS, Labels, Target
+from vpt.targets.base import ECE_BINS, Labels, Target, as_tensor, misfit
 
 
 class Multiclass(Target):
@@ -34,6 +34,10 @@ class Multiclass(Target):
     def fits(self, labels: Labels) -> bool:
         """True for labels (N,)."""
         return labels.ndim == 1
+
+    def num_classes(self, labels: np.ndarray) -> int:
+        """Number of classes, up to the largest number."""
+        return labels.max(initial=0) + 1
 
     def class_counts(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
         """Number of images of each class (C,)."""
@@ -81,6 +85,27 @@ class Multiclass(Target):
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """One regression of all classes."""
         return [(np.arange(num_classes), labels)]
+
+    def conform(self, labels: Any, num_classes: int) -> Tensor:
+        """Class numbers (B,) int64, of (B, 1), of any type of whole numbers, or of one-hot rows."""
+        given = labels = as_tensor(labels)
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        elif labels.ndim == 2 and labels.shape[1] == num_classes:
+            if not (((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()):
+                raise misfit(given, "give one class an image, or attach with multilabel=True")
+            labels = labels.long().argmax(1)
+        numbers = labels.long()
+        if labels.ndim != 1 or (numbers != labels).any():
+            raise misfit(given, f"give class numbers (B,), 0 to {num_classes - 1}")
+        if not numbers.numel() or (numbers.amin() >= 0 and numbers.amax() < num_classes):
+            return numbers
+        mend = f"classes count from 0 to {num_classes - 1}"
+        if numbers.amin() > 0:
+            mend += ", so subtract 1 if yours count from 1"
+        if numbers.amin() < 0:
+            mend += ": leave out images without a class"
+        raise misfit(given, mend)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a softmax."""

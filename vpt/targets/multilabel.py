@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import (
     multilabel_specificity,
 )
 
-from vpt.targets.base import ECE_BINS, Labels, Target
+from vpt.targets.base import ECE_BINS, Labels, Target, as_tensor, misfit
 
 
 class Multilabel(Target):
@@ -35,6 +35,10 @@ class Multilabel(Target):
     def fits(self, labels: Labels) -> bool:
         """True for labels (N, C)."""
         return labels.ndim == 2
+
+    def num_classes(self, labels: np.ndarray) -> int:
+        """Number of classes, one a column."""
+        return labels.shape[1]
 
     def class_counts(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
         """Number of images of each class (C,)."""
@@ -75,6 +79,15 @@ class Multilabel(Target):
         """A regression of each class that has both yes and no."""
         both = np.flatnonzero(labels.any(0) & ~labels.all(0))
         return [(np.array([index]), labels[:, index].astype(int)) for index in both]
+
+    def conform(self, labels: Any, num_classes: int) -> Tensor:
+        """Rows (B, C) float32 of 0 and 1, of any type; between them where labels are smoothed."""
+        labels = as_tensor(labels)
+        fit = labels.ndim == 2 and labels.shape[1] == num_classes
+        if not fit or not ((labels >= 0) & (labels <= 1)).all():
+            mend = "" if fit else "; for one class an image attach without multilabel"
+            raise misfit(labels, f"give rows (B, {num_classes}) of 0 and 1{mend}")
+        return labels.float()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of C sigmoids."""

@@ -2,8 +2,9 @@
 
 import importlib
 import pkgutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vpt.data.images import Samples
 from vpt.errors import InputError
@@ -11,7 +12,21 @@ from vpt.errors import InputError
 if TYPE_CHECKING:
     from vpt.data.cards import Card
 
-Read = tuple[list[str], dict[str, Samples]]  # class names in label order, parts
+
+class Read(NamedTuple):
+    """What a layout read; one of one's own may give a plain tuple of the first two.
+
+    Attributes:
+        class_names: in label order.
+        parts: train, test (and val), or all.
+        left_out: path of what was left out: its kind, in the plural.
+        notes: lines on how the files were understood.
+    """
+
+    class_names: list[str]
+    parts: dict[str, Samples]
+    left_out: Mapping[str, str] = {}
+    notes: Sequence[str] = ()
 
 
 class Layout(Protocol):
@@ -26,7 +41,7 @@ class Layout(Protocol):
         """
 
     def read(self, root: Path, card: "Card") -> Read:
-        """Class names in label order, and samples: parts train, test (and val), or all.
+        """Class names, and samples of the parts.
 
         Raises:
             InputError: files that do not have this layout.

@@ -1,8 +1,23 @@
 """Names of parts, shared by layouts of users' own files."""
 
+import re
+
 from vpt.data.images import Samples
 
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_PARTS = {
+    "train": r"train(ing)?|trn",
+    "val": r"val(id(ation|ate)?)?|dev(el(opment)?)?|eval(uation)?",
+    "test": r"test(ing)?|tst|(hold|held)out",
+}
+
+
+def part_of(name: str) -> str | None:
+    """The part that `name` is a usual spelling of, such as `Training` or `test_set`."""
+    letters = re.sub(r"[\W\d_]", "", name.lower())
+    for part, spelling in _PARTS.items():
+        if re.fullmatch(rf"({spelling})(set|split|data|dataset|images|imgs|samples)?", letters):
+            return part
+    return None
 
 
 def train_and_test(parts: dict[str, Samples]) -> dict[str, Samples]:

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from vpt.data.cards import Card
-from vpt.data.images import find_images, is_hidden, samples_of
+from vpt.data.images import Samples
 from vpt.data.layouts import Read
-from vpt.data.layouts._files import PARTS, train_and_test
+from vpt.data.layouts._files import part_of, train_and_test
+from vpt.data.search import Found, matches, say, search, subfolders
 from vpt.errors import InputError, some
 
 ROOT = "folder"
+Classes = dict[str, dict[str, Path]]  # class: name of an image: its file
 
 
 def recognise(root: Path) -> bool:
@@ -17,44 +21,73 @@ def recognise(root: Path) -> bool:
 
 
 def read(root: Path, card: Card) -> Read:
-    """Class folders, or train/, val/ and test/ of them.
+    """Class folders, or train/, val/ and test/ of them, by any usual spelling.
 
     Raises:
-        InputError: neither, an empty class, or parts whose classes differ.
+        InputError: neither, an empty class, a class that train lacks, or folders in the place of
+            classes that all hold the same folders.
     """
-    folders = _subfolders(root)
-    # a class may be called train: a part holds class folders
-    named = [f for f in folders if f.name.lower() in PARTS and _subfolders(f)]
-    by_part = {PARTS[f.name.lower()]: f for f in named}
-    if len(by_part) < len(named):
-        raise InputError(f"{root}: two folders for one part, {some([f.name for f in named])}")
-    if "train" in by_part:
-        found = {part: _class_folders(folder) for part, folder in by_part.items()}
-    elif named and len(named) == len(folders):
-        raise InputError(f"{root}: {folders[0].name}/ but no train/: add train/ beside it")
+    found = search(root, card.exclude, card.include)
+    parts = _parts(root, card, found)
+    if parts:
+        classes = {part: _classes(root / name, root, card, found) for part, name in parts.items()}
+        _check_others(root, parts, classes["train"], found)
     else:
-        found = {"train": _class_folders(root)}
-    class_names = sorted(found["train"])
-    parts = {}
-    for part, classes in found.items():
-        differing = classes.keys() ^ found["train"].keys()
-        if differing:
+        classes = {"train": _classes(root, root, card, found)}
+        _check_apart(root, classes["train"])
+    class_names = sorted(classes["train"])
+    samples = {}
+    for part, images in classes.items():
+        if images.keys() - set(class_names):  # a test without images of a class is one, though
+            differing = some(images.keys() ^ set(class_names))
             raise InputError(
                 f"{root}: class folders of train and {part} differ: only one of them has "
-                f"{some(differing)}: give both the same"
+                f"{differing}: give both the same"
             )
-        files = [
-            (path.relative_to(root).as_posix(), label)
-            for label, name in enumerate(class_names)
-            for path in classes[name]
-        ]
-        parts[part] = samples_of(root, files)
-    return class_names, train_and_test(parts)
+        label = {name: label for label, name in enumerate(class_names)}
+        rows = [(*row, label[name]) for name in sorted(images) for row in images[name].items()]
+        labels = np.array([label for _, _, label in rows], dtype=np.int64)
+        samples[part] = Samples([path for _, path, _ in rows], labels, [name for name, *_ in rows])
+    return Read(class_names, train_and_test(samples), found.left_out)
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    classes = {subfolder.name: find_images(subfolder) for subfolder in _subfolders(folder)}
-    if not classes and find_images(folder):
+def _parts(root: Path, card: Card, found: Found) -> dict[str, str]:
+    """Folder of each part, or none where the folders are classes."""
+    folders = _own(root, root, card)
+    # a class may be called train: a part holds class folders
+    named = {f: part for f in folders if (part := part_of(f)) and _own(root / f, root, card)}
+    by_part = {part: folder for folder, part in named.items()}
+    if len(by_part) < len(named):
+        raise InputError(f"{root}: two folders for one part, {', '.join(named)}")
+    if "train" in by_part:
+        return by_part
+    if named and len(named) == len(folders):
+        raise InputError(f"{root}: {next(iter(named))}/ but no train/: add train/ beside it")
+    return {}
+
+
+def _own(folder: Path, root: Path, card: Card) -> list[str]:
+    """Names of the folders in `folder` but those that the card excludes."""
+    return [
+        name
+        for name, paths in subfolders(folder).items()
+        if not any(matches(paths[0].relative_to(root).as_posix(), p) for p in card.exclude)
+    ]
+
+
+def _classes(folder: Path, root: Path, card: Card, found: Found) -> Classes:
+    """Images of each class folder in `folder`; images outside of them count as left out."""
+    before = f"{folder.relative_to(root).as_posix()}/" if folder != root else ""
+    classes: Classes = {name: {} for name in _own(folder, root, card)}
+    direct = []
+    for name, path in found.images.items():
+        if name.startswith(before):
+            first, slash, _ = name.removeprefix(before).partition("/")
+            if slash:
+                classes.setdefault(first, {})[name] = path
+            else:
+                direct.append(name)
+    if not classes and direct:
         raise InputError(
             f"{folder}: the images lie directly in it: move them into one folder a class"
         )
@@ -62,9 +95,39 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
         raise InputError(f"{folder}: no class folders: put the images into one folder a class")
     for name, images in classes.items():
         if not images:
-            raise InputError(f"{folder / name}: class folder without images: fill or remove it")
+            below = {p: k for p, k in found.left_out.items() if p.startswith(f"{before}{name}/")}
+            raise InputError(
+                f"{folder / name}: class folder without images{say(below, ', but ')}: fill or "
+                "remove it, or leave it out by data.exclude"
+            )
+    found.left_out.update(dict.fromkeys(direct, "images outside class folders"))
     return classes
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+def _check_others(root: Path, parts: dict[str, str], train: Classes, found: Found) -> None:
+    """Refuses a folder beside the parts that holds the same classes; others count as left out."""
+    for name in found.images:
+        folder, _, rest = name.partition("/")
+        if folder in parts.values():
+            continue
+        if rest.partition("/")[0] in train:
+            raise InputError(
+                f"{root}: {folder}/ holds classes of {parts['train']}/, but is no part: call it "
+                f"train, val or test, or give data.exclude={folder}"
+            )
+        found.left_out[name] = f"images outside {', '.join(parts.values())}"
+
+
+def _check_apart(root: Path, classes: Classes) -> None:
+    """Refuses folders that all hold the same folders, which are more likely the classes."""
+    inside = [
+        {rest[1] for name in images if len(rest := name.split("/")) > 2}
+        for images in classes.values()
+    ]
+    common = inside[0]
+    if len(inside) > 1 and len(common) > 1 and all(folders == common for folders in inside):
+        raise InputError(
+            f"{root}: its folders {some(classes)} all hold the folders {some(common)}: call them "
+            "train, val and test if they are parts, give data.root=FOLDER for one of them, or "
+            "data.exclude for what is no image"
+        )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vpt import targets
 from vpt.data.cards import Card
 from vpt.data.images import Samples
 from vpt.data.layouts import Read
@@ -42,11 +43,9 @@ def read(root: Path, card: Card) -> Read:
     if len(shapes) > 1:
         raise InputError(f"{root}: labels of the parts have different numbers of columns")
     labels = np.concatenate([samples.labels for samples in parts.values()])
-    if labels.ndim == 2:
-        return [str(label) for label in range(labels.shape[1])], parts
     if labels.min(initial=0) < 0:
         raise InputError(f"{root}: label {labels.min()}: labels must count from 0")
-    return [str(label) for label in range(labels.max(initial=0) + 1)], parts
+    return [str(label) for label in range(targets.of(labels).num_classes(labels))], parts
 
 
 def _arrays(root: Path, part: str, images: np.ndarray, labels: np.ndarray) -> Samples:

@@ -1,0 +1,86 @@
+"""Contexts of the methods with prompts in both towers: words, depths, and what refuses."""
+
+import pytest
+import torch
+from tiny import NAMES, clip, images
+
+import vpt
+from vpt.errors import InputError
+
+WORDS = "a photo of a"
+
+
+def attach(method, backbone=None, **options):
+    torch.manual_seed(0)
+    return vpt.attach(backbone or clip(), method, class_names=NAMES, **options)
+
+
+@pytest.mark.parametrize("method", ["ivlp", "maple"])
+@pytest.mark.parametrize("num_tokens", [1, 4, 6])
+def test_words_start_the_context_and_the_rest_of_them_stays(method, num_tokens):
+    """One text block, so that the text's deep prompts do not matter."""
+    backbone = clip()
+    depth = {"ivlp": {"text_depth": 1}, "maple": {"depth": 1}}[method]
+    model = attach(method, backbone, num_tokens=num_tokens, init=WORDS, **depth)
+    plain = attach("coop", backbone, init=WORDS)
+    assert model.context.shape == (num_tokens, 16)
+    known = min(num_tokens, 4)
+    assert torch.equal(model.context[:known], plain.context[:known])
+    if num_tokens <= 4:
+        torch.testing.assert_close(model.text_features(), plain.text_features())
+    else:
+        with torch.no_grad():
+            plain = attach("coop", backbone, num_tokens=num_tokens)
+            plain.context.copy_(model.context)
+        torch.testing.assert_close(model.text_features(), plain.text_features())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("ivlp", {"text_depth": 50, "image_depth": 50}), ("maple", {"depth": 50})],
+)
+def test_depths_are_capped_at_the_towers(method, options):
+    model = attach(method, **options)
+    assert model.text_prompts.shape == (1, 2, 16)
+    assert model.prompts.shape == (2, 2, 32)
+    assert model(images()).isfinite().all()
+
+
+def test_random_contexts_and_depths_of_one():
+    model = attach("ivlp", init=None, num_tokens=3, text_depth=1, image_depth=1, num_image_tokens=5)
+    assert model.context.shape == (3, 16)
+    assert model.text_prompts is None
+    assert model.prompts.shape == (1, 5, 32)
+    model = attach("maple", init=None, depth=1)
+    assert model.text_prompts is None
+    assert len(model.couplings) == 1
+    assert model.prompts.shape == (1, 2, 32)
+
+
+def test_a_fixed_text_is_zero_shots():
+    """VPT on CLIP: `ivlp` with `text_depth=0`."""
+    backbone = clip()
+    model = attach("ivlp", backbone, text_depth=0, init="art of the")
+    assert model.context is None
+    assert model.tunable_parameters().keys() == {"prompts"}
+    fixed = attach("zero_shot", backbone, templates=["art of the {}."])
+    found = torch.nn.functional.normalize(model.text_features(), dim=-1)
+    torch.testing.assert_close(found, fixed.text_features())
+    with pytest.raises(InputError, match=r"text_depth=0 .* give its words as method.init"):
+        attach("ivlp", backbone, text_depth=0, init=None)
+
+
+@pytest.mark.parametrize("method", ["ivlp", "maple"])
+def test_a_shared_prefix_is_the_plain_path(method):
+    """With words that stay after the context, in float64."""
+    model = attach(method, num_tokens=2, init=WORDS).double()
+    found = []
+    for model.backbone.exact_tokens in (False, True):
+        assert model.shares_prefix() != model.backbone.exact_tokens
+        model.zero_grad()
+        logits = model(images().double())
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad for p in model.tunable_parameters().values())])
+    for one, other in zip(*found, strict=True):
+        atol = 1e-9 * other.abs().max().item()
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=atol)

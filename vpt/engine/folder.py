@@ -1,0 +1,60 @@
+"""The folder of a run: where it is, and which file is what."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpt.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run leaves its files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record an epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def prompt(self) -> Path:
+        """The artefact."""
+        return self.path / "prompt.safetensors"
+
+    @property
+    def duplicates(self) -> Path:
+        """One JSON record a test image that looks like a training image; there only if any does."""
+        return self.path / "duplicates.jsonl"
+
+    @property
+    def failure(self) -> Path:
+        """Why a suite could not do the run, in one line; there only if its last attempt failed."""
+        return self.path / "failure.txt"
+
+    @property
+    def result(self) -> Path:
+        """The figures; there only when the run is finished."""
+        return self.path / "result.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State to resume from; there only while the run is not finished."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def confusion(self) -> Path:
+        """The confusion matrix on the test images."""
+        return self.path / "confusion.png"
+
+
+def default_folder(config: RunConfig) -> Path:
+    """runs/METHOD-DATA-SHOTSshot-seedSEED."""
+    data = config.data.name or (config.data.root.stem if config.data.root else "data")
+    shots = "all" if config.data.shots is None else f"{config.data.shots}shot"
+    return Path("runs") / f"{config.method.name}-{data}-{shots}-seed{config.data.seed}"
