@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vpt.engine.evaluate import evaluate
     from vpt.engine.train import fit
     from vpt.errors import InputError
+    from vpt.imports import import_checkpoint
     from vpt.methods import attach
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "backbones",
     "evaluate",
     "fit",
+    "import_checkpoint",
     "load",
     "recipe",
     "save",
@@ -33,6 +35,7 @@ _HOMES = {
     "attach": "vpt.methods",
     "evaluate": "vpt.engine.evaluate",
     "fit": "vpt.engine.train",
+    "import_checkpoint": "vpt.imports",
     "load": "vpt.artifact",
     "recipe": "vpt.config",
     "save": "vpt.artifact",

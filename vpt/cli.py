@@ -218,6 +218,29 @@ def export(
     print(f"wrote {names}: {size:.1f} MB, logits within {difference:.0e} of torch's")
 
 
+@app.command(name="import")
+def import_(
+    method: Annotated[str, typer.Argument(metavar="coop|cocoop|kgcoop|maple|promptsrc|vpt")],
+    file: Annotated[Path, typer.Argument(help="A model.pth.tar-N, or of vpt a prompt_epN.pth.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="backbone.name=, and data.root= for names."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The artefact; otherwise METHOD.safetensors beside FILE.")
+    ] = None,
+) -> None:
+    """Take over a prompt that the official code trained; nothing in FILE is run.
+
+    Class names are read from the texts in FILE, or are those of data.root,
+    which FILE must agree with. A file of KMnP/vpt holds no head: it is solved
+    on the images of data.root.
+    """
+    from vpt.imports import import_file
+
+    print(f"wrote {import_file(method, file, overrides or [], out, log=_say)}")
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(metavar="methods|datasets|backbones|configs|suites")],
