@@ -1,7 +1,7 @@
 """Checkpoints of the official implementations as prompted models of this package."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,10 @@ from vpt.errors import InputError
 from vpt.methods import Method
 from vpt.methods.base import require_clip
 from vpt.methods.linear_probe import solve_head
-
-State = dict[str, Tensor]
-Layout = Callable[[State], tuple[dict[str, Any], State]]  # to options, and tensors by our names
+from vpt.official import LAYOUTS, TOKENS, State, lay_out
 
 WORDS = "a photo of a"  # that MaPLe and PromptSRC start from
 SPACED = {r"(?<=\d) (?=\d)": "", r" ?([-/.&']) ?": r"\1", r"(?<=\() | (?=\))": ""}
-NETWORK = r"meta_net\.linear(1|2)\.(weight|bias)"
 
 
 def import_checkpoint(
@@ -79,7 +76,7 @@ def import_checkpoint(
         known = ", ".join([*LAYOUTS, "vpt"])
         raise InputError(f"vpt import {method}: no layout of that name: take one of {known}")
     state = _state(path, content)
-    words, (found, tensors) = "", _laid_out(path, method, state)
+    words, (found, tensors) = "", lay_out(path, method, state)
     if method in {"maple", "promptsrc"}:
         words = options.get("init") or WORDS
         found["init"] = words
@@ -102,114 +99,6 @@ def _state(path: Path, content: dict[str, Any]) -> State:
     return {n: t.detach().float() if t.is_floating_point() else t for n, t in named.items()}
 
 
-def _laid_out(path: Path, method: str, state: State) -> tuple[dict[str, Any], State]:
-    """Options and tensors as the method's layout reads them.
-
-    Raises:
-        InputError: a key is missing, or one that no such file has.
-    """
-    keep, drop, layout = LAYOUTS[method]
-    missing = [key for key in keep if not any(re.fullmatch(key, name) for name in state)]
-    if missing:
-        key = missing[0].replace("\\", "")
-        raise InputError(f"{path}: no {key} in it: is it of another method than {method}?")
-    known = re.compile("|".join([*keep, *drop]))
-    unknown = [name for name in state if not known.fullmatch(name)]
-    if unknown:
-        raise InputError(f"{path}: {unknown[0]} is nothing of {method}'s: is it of another method?")
-    return layout(state)
-
-
-def _coop(state: State) -> tuple[dict[str, Any], State]:
-    context = state["ctx"]
-    options = {"num_tokens": context.shape[-2], "class_specific": context.dim() == 3}
-    return options, {"context": context}
-
-
-def _cocoop(state: State) -> tuple[dict[str, Any], State]:
-    layers = {"1": "0", "2": "2"}
-    network = {
-        f"meta_net.{layers[found[1]]}.{found[2]}": tensor
-        for name, tensor in state.items()
-        if (found := re.fullmatch(NETWORK, name))
-    }
-    return {"num_tokens": len(state["ctx"]), "init": None}, {"context": state["ctx"], **network}
-
-
-def _kgcoop(state: State) -> tuple[dict[str, Any], State]:
-    return {"num_tokens": len(state["ctx"]), "init": None}, {"context": state["ctx"]}
-
-
-def _maple(state: State) -> tuple[dict[str, Any], State]:
-    own = "prompt_learner."
-    deep = _numbered(state, own + r"compound_prompts_text\.(\d+)", first=0)
-    tensors = {"context": state[own + "ctx"]} | _stacked("text_prompts", deep)
-    for part in ("weight", "bias"):
-        maps = _numbered(state, own + rf"compound_prompt_projections\.(\d+)\.{part}", first=0)
-        for number, tensor in enumerate([state[f"{own}proj.{part}"], *maps]):
-            tensors[f"couplings.{number}.{part}"] = tensor
-    return {"num_tokens": len(tensors["context"]), "depth": len(deep) + 1}, tensors
-
-
-def _promptsrc(state: State) -> tuple[dict[str, Any], State]:
-    blocks = r"_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow"
-    images = [state["image_encoder.VPT"], *_numbered(state, "image" + blocks, first=1)]
-    texts = _numbered(state, "text" + blocks, first=1)
-    context = state["prompt_learner.ctx"]
-    options = {
-        "num_tokens": len(context),
-        "text_depth": len(texts) + 1,
-        "num_image_tokens": len(images[0]),
-        "image_depth": len(images),
-    }
-    tensors = {"context": context, **_stacked("prompts", images)}
-    return options, tensors | _stacked("text_prompts", texts)
-
-
-def _numbered(state: State, pattern: str, first: int) -> list[Tensor]:
-    """Tensors whose whole names fit `pattern`, by its number; none may lack."""
-    found = {int(m[1]): t for n, t in state.items() if (m := re.fullmatch(pattern, n))}
-    if sorted(found) != list(range(first, first + len(found))):
-        raise InputError(f"the checkpoint has {pattern} for {sorted(found)} only: some are missing")
-    return [found[number] for number in sorted(found)]
-
-
-def _stacked(name: str, tensors: Sequence[Tensor]) -> State:
-    if len({tensor.shape for tensor in tensors}) > 1:
-        raise InputError(f"the checkpoint's {name} differ in shape from block to block")
-    return {name: torch.stack(list(tensors))} if tensors else {}
-
-
-_TOKENS = ["token_prefix", "token_suffix"]
-_PARTS = "weight", "bias"
-_LEARNER = [rf"prompt_learner\.{name}" for name in _TOKENS]
-_FROZEN = ["logit_scale", r"(image|text)_encoder\..*"]
-# the keys that a file must have, those that it may have, and what reads them
-LAYOUTS: dict[str, tuple[list[str], list[str], Layout]] = {
-    "coop": (["ctx", *_TOKENS], [], _coop),
-    "cocoop": (
-        [
-            "ctx",
-            *_TOKENS,
-            *(rf"meta_net\.linear{n}\.{p}" for n in "12" for p in ("weight", "bias")),
-        ],
-        [],
-        _cocoop,
-    ),
-    "kgcoop": (["ctx", *_TOKENS], ["bias_vectors", NETWORK], _kgcoop),  # neither has a use there
-    "maple": (
-        [r"prompt_learner\.ctx", *(rf"prompt_learner\.proj\.{p}" for p in _PARTS), *_LEARNER],
-        [r"prompt_learner\.compound_prompt.*", *_FROZEN],
-        _maple,
-    ),
-    "promptsrc": (
-        [r"prompt_learner\.ctx", r"image_encoder\.VPT", *_LEARNER],
-        [r"prompt_learner\.ZS_image_encoder\..*", *_FROZEN],
-        _promptsrc,
-    ),
-}
-
-
 def _class_names(
     path: Path, backbone: Backbone, state: State, num_tokens: int, words: str
 ) -> list[str]:
@@ -219,7 +108,7 @@ def _class_names(
         InputError: rows that are not the backbone's: it is another CLIP.
     """
     prefix, suffix = (
-        next(state[n] for n in (name, f"prompt_learner.{name}") if n in state) for name in _TOKENS
+        next(state[n] for n in (name, f"prompt_learner.{name}") if n in state) for name in TOKENS
     )
     if prefix.dim() != 3 or suffix.dim() != 3:
         raise InputError(
