@@ -167,13 +167,14 @@ def _coop(clip: open_clip.CLIP, classes: int, tokens: int) -> methods.Method:
     return methods.attach(clip, "coop", class_names=names, num_tokens=tokens)
 
 
-def _all_positions(model: methods.Method) -> Tensor:
-    """CoOp's text features with every position of the context, as the reference computes them."""
+def _all_positions(model: methods.Method, part: slice = slice(None)) -> Tensor:
+    """Text features of some classes with every position, as the reference computes them."""
     tower = model.backbone.text
-    x = model.prompt_embeddings(model.context)
+    x = model.prompt_embeddings(model.context)[part]
     padding = model.tokens.new_zeros(len(x), tower.parts.context_length - x.shape[1])
-    ids = torch.cat([model.tokens, padding], 1)
-    return tower.run(torch.cat([x, tower.embed(padding)], 1), ids)
+    ids = torch.cat([model.tokens[part], padding], 1)
+    x = torch.cat([x, tower.embed(padding)], 1)
+    return tower.run(x, ids, model.text_prompts, model.places[part])
 
 
 def _coop_text(clip: open_clip.CLIP, classes: int, tokens: int) -> Work:
