@@ -11,6 +11,7 @@ from tiny import clip, images, vit
 import vpt
 from vpt import artifact
 from vpt.errors import InputError
+from vpt.files import write_atomically
 
 NAMES = ["cat", "dog"]
 
@@ -59,7 +60,7 @@ def test_a_failed_write_keeps_the_old_file(saved):
     with pytest.raises(TypeError):
         vpt.save(model, path, figures={1, 2})
     with pytest.raises(TypeError):
-        artifact.write_atomically(path, "text")
+        write_atomically(path, "text")
     assert path.read_bytes() == before
 
 
@@ -182,7 +183,7 @@ def rewrite(path, **changes):
         ({"format": 99}, "format 99"),
         ({"options": {"num_tokens": 4, "layers": [1]}}, "tensors are not those"),
         ({"method": "vpt_shallow"}, "layers"),
-        ({"method": "vpt_dep"}, "vpt_dep is not one of this package: give its class"),
+        ({"method": "vpt_dep"}, "vpt_dep is not one of this package.*vpt_deep"),
         ({"options": {"num_token": 3}}, "num_tokens"),
         ({"class_names": ["a", "b", "c"]}, "tensors are not those"),
     ],

@@ -4,7 +4,8 @@ import timm
 from omegaconf import OmegaConf
 
 from vpt import resources
-from vpt.config import BackbonePreset, read_yaml, validate
+from vpt.config import BackbonePreset, validate
+from vpt.settings import read_yaml
 
 NAMES = resources.names("configs/backbone")
 TIMM = set(timm.list_pretrained())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from tiny import vpt_cli, write_folder, write_image
 
 from vpt import catalog, methods, resources
+from vpt.settings import override
 
 KEYS = {
     *("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "num_test"),
@@ -180,6 +182,60 @@ def test_eval_follows_names_not_positions(tmp_path, good, cli):
         assert code == 1
         assert "dog" in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "names", [("yes", "no"), ("a, b", "it's"), ('say "x"', "[1]"), ("1e5", "null", "v1.5")], ids=str
+)
+def test_the_mend_that_eval_prints_can_be_pasted(tmp_path, good, cli, names):
+    images, run = write_folder(tmp_path / "pets", names), tmp_path / "run"
+    order = override("data.classes", sorted(names, reverse=True))
+    good("train", "linear_probe", *FAST, f"data.root={images}", f"out={run}", *shlex.split(order))
+    artefact = run / "prompt.safetensors"
+    expected = table(good("eval", artefact))["accuracy"]
+    code, _, err = cli("eval", artefact, "data.classes=null")
+    assert code == 1
+    (mend,) = shlex.split(err.partition("another order: give ")[2])
+    assert table(good("eval", artefact, mend))["accuracy"] == expected
+
+
+def test_eval_of_other_images_may_lack_a_class(tmp_path, good, cli):
+    images, run = write_folder(tmp_path / "pets", ("cat", "dog", "owl")), tmp_path / "run"
+    good("train", "linear_probe", *FAST, f"data.root={images}", f"out={run}")
+    artefact, other = run / "prompt.safetensors", tmp_path / "other"
+    write_folder(other, ("owl",), count=3)  # written as cats
+    for index in range(3):
+        write_image(other / "owl" / f"secret{index}.png", 2, index + 9)
+    code, out, err = cli("eval", artefact, "--all", f"data.root={other}")
+    assert code == 0, err
+    assert table(out)["accuracy"] == "1.0000" and table(out)["num_test"] == "3"
+    assert "classes without a test image, which metrics leave out: cat, dog" in err
+    write_image(other / "bear" / "1.png")
+    code, _, err = cli("eval", artefact, "--all", f"data.root={other}")
+    assert code == 1 and "bear" in err
+
+
+def test_a_rare_class_is_trained_on_and_what_was_left_out_is_kept(tmp_path, good, cli):
+    images, run = write_folder(tmp_path / "pets"), tmp_path / "run"
+    write_folder(images, ["rare"], count=1)
+    (images / "cat/notes.txt").write_text("x")
+    (images / "@eaDir").mkdir()
+    (images / "dog/bad.png").write_text("x")
+    settings = ["linear_probe", *FAST, f"data.root={images}", f"out={run}", "data.shots=5"]
+    code, _, err = cli("train", *settings)
+    assert code == 1 and "dog/bad.png" in err
+    code, _, err = cli("train", *settings, "data.shots=2", "data.skip_broken=true")
+    assert code == 0, err
+    assert "data: left out dog/bad.png: no known image format\n" in err
+    kinds = "1 hidden or system folders, 1 images that can't be read, 1 not images"
+    assert f"data: left out {kinds}\n" in err
+    assert "fewer images than data.shots=2, so all train: rare (1)" in err
+    assert result(run)["left_out"] == {
+        "hidden or system folders": 1,
+        "images that can't be read": 1,
+        "not images": 1,
+    }
+    good("eval", run / "prompt.safetensors")  # the same split
 
 
 def by_csv(root):

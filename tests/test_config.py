@@ -5,8 +5,9 @@ from pydantic import BaseModel
 
 import vpt
 from vpt import methods, resources
-from vpt.config import RunConfig, Strict, TrainConfig, load_run, read_yaml, to_yaml
+from vpt.config import RunConfig, Strict, TrainConfig, load_run, to_yaml
 from vpt.errors import InputError
+from vpt.settings import read_yaml
 
 RUNS = resources.names("configs/run")
 METHODS = methods.names()
@@ -205,6 +206,7 @@ CHANGES = {
     "data.calibration": "0.25",
     "data.augment": "crop",
     "data.exclude": "old",
+    "data.skip_broken": "true",
     "data.include": "[a, b]",
     "data.windows": "[lung, bone, brain]",
     "data.workers": "2",

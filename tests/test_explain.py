@@ -11,7 +11,7 @@ from tiny import clip, images, needs_clip, vit, vpt_cli, write_folder, write_ima
 
 from vpt import explain, methods
 from vpt.backbones import load_tiny_clip
-from vpt.engine.run import NOTICE
+from vpt.run import NOTICE
 from vpt.targets.multiclass import Multiclass
 
 

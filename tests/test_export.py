@@ -15,8 +15,8 @@ from tiny import NAMES, clip, images, needs_clip, vit, vpt_cli
 
 import vpt
 from vpt import artifact, backbones, methods
-from vpt.engine.run import NOTICE
 from vpt.errors import InputError
+from vpt.run import NOTICE
 
 pytest.importorskip("torch", "2.15")  # older exporters know fewer operators
 

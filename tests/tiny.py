@@ -25,11 +25,19 @@ def vit(seed=0, **kwargs):
     return perturb(model)
 
 
-def clip(seed=0, embed_dim=16, layers=2):
+def clip(seed=0, embed_dim=16, width=32, layers=2):
     torch.manual_seed(seed)
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16}
-    text = {"context_length": 24, "width": 16, "heads": 2}
-    model = open_clip.CLIP(embed_dim, {**vision, "layers": layers}, {**text, "layers": layers})
+    model = open_clip.CLIP(
+        embed_dim=embed_dim,
+        vision_cfg={
+            "image_size": 32,
+            "patch_size": 8,
+            "width": width,
+            "layers": layers,
+            "head_width": width // 2,
+        },
+        text_cfg={"context_length": 24, "width": 16, "heads": 2, "layers": layers},
+    )
     return perturb(model)
 
 

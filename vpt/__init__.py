@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from vpt import backbones
     from vpt.artifact import load, save
     from vpt.config import TrainConfig, recipe
-    from vpt.engine.evaluate import evaluate
-    from vpt.engine.train import fit
     from vpt.errors import InputError
+    from vpt.evaluation.evaluate import evaluate
     from vpt.imports import import_checkpoint
     from vpt.methods import attach
+    from vpt.training.fit import fit
 
 __all__ = [
     "InputError",
@@ -33,8 +33,8 @@ _HOMES = {
     "InputError": "vpt.errors",
     "TrainConfig": "vpt.config",
     "attach": "vpt.methods",
-    "evaluate": "vpt.engine.evaluate",
-    "fit": "vpt.engine.train",
+    "evaluate": "vpt.evaluation.evaluate",
+    "fit": "vpt.training.fit",
     "import_checkpoint": "vpt.imports",
     "load": "vpt.artifact",
     "recipe": "vpt.config",

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError, nearest
+from vpt.files import write_atomically
 from vpt.resources import package_version
 from vpt.targets import Target
 
@@ -137,6 +136,7 @@ def load(
         )
     except InputError as error:
         raise InputError(f"{path}: written by version {metadata['version']}: {error}") from None
+    model.make_room(tensors)
     own = model.artifact_tensors()
     if class_names is not None:
         if not model.takes_names:
@@ -199,17 +199,6 @@ def _known(path: str | Path, kind: str, name: str, given: Any, names: Sequence[s
 def _differ(one: list[float], other: list[float]) -> bool:
     a, b = torch.tensor(one), torch.tensor(other)
     return bool((a - b).norm() > TOLERANCE * b.norm())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that a kill at any time leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 from vpt import resources
-from vpt.config import read_yaml
 from vpt.errors import InputError, nearest
+from vpt.settings import read_yaml
 
 
 def catalog(what: str) -> list[tuple[str, str]]:

@@ -67,7 +67,7 @@ def train(
 ) -> None:
     """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES."""
     from vpt.config import load_run
-    from vpt.engine.run import run
+    from vpt.run import run
 
     _print_figures(run(load_run(config, overrides or []), resume=resume, log=_say))
 
@@ -81,7 +81,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Test an artefact on the held-out images of its data, or on other labelled images."""
-    from vpt.engine.apply import evaluate
+    from vpt.inference import evaluate
 
     _print_figures(evaluate(artefact, overrides or [], every=every, log=_say))
 
@@ -96,7 +96,7 @@ def predict(
     ] = None,
 ) -> None:
     """Classify images."""
-    from vpt.engine.apply import predict
+    from vpt.inference import predict
 
     for number, prediction in enumerate(predict(artefact, images, checkpoint, log=_say)):
         if number == 0 and "notice" in prediction:
@@ -126,13 +126,13 @@ def bench(
     With `speed`, time the engine against prompts as tokens instead.
     """
     if suite == "speed":
-        from vpt.bench import bench
+        from vpt.bench.speed_table import bench
 
         if overrides:
             raise InputError(f"{overrides[0]}: speed takes no KEY=VALUE: drop it")
         bench(out or Path("bench"), rounds, small, run)
         return
-    from vpt.suites import run_suite
+    from vpt.bench.run_suite import run_suite
 
     failed = run_suite(
         suite,

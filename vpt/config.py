@@ -79,6 +79,7 @@ class DataConfig(Strict):
     # look like masks or other things that are no data; None: the card's
     exclude: Patterns | None = None
     include: Patterns | None = None
+    skip_broken: bool = False  # images that can't be read are left out; False: they are refused
     windows: Windows | None = None  # of CT, as channels; None: the files' own
     workers: NonNegativeInt = 0
     # test images that look like training images: said, refused, or not looked for;
@@ -108,6 +109,7 @@ class TrainConfig(Strict):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)  # of adamw
     # cosine: linear warm-up from 0, then to 0 (KMnP/vpt). dassl: `warmup_lr` during warm-up, then
     # a cosine whose period is all epochs (Dassl). constant: `lr` throughout.
     schedule: Literal["cosine", "dassl", "constant"] = "cosine"
@@ -237,6 +239,7 @@ class SuiteConfig(Strict):
     shots: list[PositiveInt | None] = Field([16], min_length=1)
     seeds: list[Seed] = Field([1, 2, 3], min_length=1)
     split: Literal["train-test", "trainval-test"] = "train-test"
+    engine: EngineConfig = EngineConfig()
     settings: dict[str, dict[str, Any]] = {}  # METHOD[/DATA]: keys of its runs
     grid: dict[str, dict[str, dict[str, Values]]] = {}  # METHOD: section: key: values
     published: dict[str, list[Published]] = {}  # group of data sets: its means
@@ -272,8 +275,7 @@ def compose(method: str, *settings: Any, where: str) -> RunConfig:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
     chosen = merge({}, *settings)
-    settings = merge(_recipe(method, chosen.get("recipe")), chosen)
-    return validate(RunConfig, settings, where)
+    return validate(RunConfig, merge(_recipe(method, chosen.get("recipe")), chosen), where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:

@@ -1,7 +1,8 @@
 """The one exception that a user's mistake raises."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
 
 class InputError(ValueError):
@@ -21,6 +22,23 @@ def nearest(word: str, known: Iterable[str], before: str = "") -> str:
     known = sorted(known)
     name = close(word, known)
     return f"; did you mean {before + name!r}?" if name else f"; known: {', '.join(known)}"
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Refuses class names that are not distinct texts in label order.
+
+    Raises:
+        InputError: a name twice, something else than a text, or names without an order.
+    """
+    if isinstance(names, str | Mapping | Set):
+        kind = type(names).__name__
+        raise InputError(f"class_names is a {kind}: give a list of names in label order")
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"class name {name!r} is a {type(name).__name__}: give names as texts")
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise InputError(f"class names twice, {some(twice)}: give each class its own name")
 
 
 def some(names: Collection[str]) -> str:

@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpt import artifact
 from vpt.backbones.text import CLIP_VOCABULARY
 from vpt.data.images import read_image
-from vpt.engine.apply import load, survey
-from vpt.engine.figures import save
-from vpt.engine.lettering import labels
-from vpt.engine.progress import Log
-from vpt.engine.run import NOTICE
 from vpt.errors import InputError
+from vpt.evaluation.lettering import labels
+from vpt.evaluation.plots import save
+from vpt.files import write_atomically
+from vpt.inference import load, survey
 from vpt.methods import Method
+from vpt.progress import Log
+from vpt.run import NOTICE
 
 STEPS = 16  # of the integral
 DELETIONS = 14  # steps of a deletion curve
@@ -169,7 +169,7 @@ def explain_images(
         records.append({"path": str(file), **record, "figure": str(figure), **notice})
         yield records[-1]
     text = json.dumps(records, indent=2)
-    artifact.write_atomically(out / "explain.json", text.encode())
+    write_atomically(out / "explain.json", text.encode())
     found.check()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vpt import artifact, backbones, methods, unpickle
+from vpt.accelerator import make_accelerator
 from vpt.backbones import Backbone
 from vpt.backbones.text import CLIP_VOCABULARY
 from vpt.config import (
@@ -26,16 +27,15 @@ from vpt.config import (
 )
 from vpt.data.loaders import make_loader
 from vpt.data.sources import open_source
-from vpt.engine.accelerator import make_accelerator
-from vpt.engine.features import image_features
-from vpt.engine.progress import Log
-from vpt.engine.run import prepare
-from vpt.engine.training_set import Batches, TrainingSet
 from vpt.errors import InputError
 from vpt.methods import Method
 from vpt.methods.base import require_clip
 from vpt.methods.linear_probe import solve_head
 from vpt.official import LAYOUTS, TOKENS, State, lay_out
+from vpt.progress import Log
+from vpt.run import prepare
+from vpt.training.features import image_features
+from vpt.training.training_set import Batches, TrainingSet
 
 WORDS = "a photo of a"  # that MaPLe and PromptSRC start from
 SPACED = {r"(?<=\d) (?=\d)": "", r" ?([-/.&']) ?": r"\1", r"(?<=\() | (?=\))": ""}

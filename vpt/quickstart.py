@@ -16,11 +16,12 @@ from vpt import artifact
 from vpt.config import RunConfig, load_run
 from vpt.data.fewshot import split_data
 from vpt.data.sources import open_source
-from vpt.engine.evaluate import confusion, outputs
-from vpt.engine.figures import save
-from vpt.engine.folder import RunFolder
-from vpt.engine.lettering import labels as shown
-from vpt.engine.run import run
+from vpt.evaluation.evaluate import confusion, outputs
+from vpt.evaluation.lettering import labels as shown
+from vpt.evaluation.plots import save
+from vpt.files import write_atomically
+from vpt.folder import RunFolder
+from vpt.run import run
 
 METHODS = {  # run configuration digits_… → what the table calls it
     "zero_shot": "hand-written prompt (zero-shot)",
@@ -53,7 +54,7 @@ def quickstart(out: Path, seeds: int = 1) -> None:
         results[method, seed] = run(config, resume=True, log=lambda line: None)
     rows = [_summary(m, [results[m, s] for s in range(1, seeds + 1)]) for m in METHODS]
     summary = {"data": "digits", "backbone": "tiny_clip", "shots": 16, "seeds": seeds, "rows": rows}
-    artifact.write_atomically(out / "result.json", json.dumps(summary, indent=2).encode())
+    write_atomically(out / "result.json", json.dumps(summary, indent=2).encode())
     _draw(rows, configs["zero_shot", 1], configs["vpt_deep", 1], out / "figure.png")
     console.print(_table(rows, seeds))
     console.print(f"Artefacts, result.json and figure.png are in {out}/\n\n{NEXT}", highlight=False)

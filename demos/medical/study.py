@@ -18,17 +18,18 @@ from vpt.config import RunConfig, load_run
 from vpt.data.fewshot import Split, split_data
 from vpt.data.loaders import ImageDataset
 from vpt.data.sources import Source, open_source
-from vpt.engine.decision import Decision
-from vpt.engine.evaluate import outputs
-from vpt.engine.figures import (
+from vpt.evaluation.decision import Decision
+from vpt.evaluation.evaluate import outputs
+from vpt.evaluation.plots import (
     draw_precision_recall,
     draw_reliability,
     draw_risk_coverage,
     draw_roc,
 )
-from vpt.engine.folder import RunFolder
-from vpt.engine.run import run
 from vpt.explain import draw_saliency, explain
+from vpt.files import write_atomically
+from vpt.folder import RunFolder
+from vpt.run import run
 
 DECISION = ["decision.temperature=true", "decision.alpha=0.1", "decision.coverage=0.8"]
 SHOWN = 8  # test images in the saliency grid
@@ -156,5 +157,5 @@ def to_uri(figure: Figure) -> str:
 def write_report(studies: Sequence[Study], path: Path) -> Path:
     """Run the studies and write one page of them, which needs no other file."""
     page = PAGES.get_template("page.html").render(studies=[study.render() for study in studies])
-    artifact.write_atomically(path, page.encode())
+    write_atomically(path, page.encode())
     return path

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vpt.config import EngineConfig, TrainConfig
-from vpt.engine.train import fit
+from vpt.training.fit import fit
 
 METHODS = [
     (vit, "vpt_shallow", {}),

@@ -12,8 +12,8 @@ from tiny import NAMES, images, perturb
 import vpt
 from vpt import backbones, resources
 from vpt.backbones import clip
-from vpt.config import read_yaml
 from vpt.errors import InputError
+from vpt.settings import read_yaml
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 112}
 ASKED_FOR = [

@@ -1,5 +1,6 @@
 """What counts as an image below a folder, and what is left out by which name."""
 
+import os
 import unicodedata
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_what_is_no_image_is_counted_by_kind(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    images, left_out = search(tmp_path)
+    images, left_out, _ = search(tmp_path)
     assert list(images) == ["a.png"]
     assert say(left_out) == (
         "2 .heic images, which can't be read, 1 broken links, 2 hidden or system files, "
@@ -80,7 +81,7 @@ def test_what_systems_leave_is_no_data(tmp_path, folder):
     write_image(tmp_path / "cat/a.png")
     write_image(tmp_path / "cat" / folder / "a.png")
     write_image(tmp_path / folder / "deep" / "b.png")
-    images, left_out = search(tmp_path)
+    images, left_out, _ = search(tmp_path)
     assert list(images) == ["cat/a.png"]
     assert say(left_out) == "2 hidden or system folders"
 
@@ -94,7 +95,7 @@ def test_links_are_followed_and_each_real_folder_is_read_once(tmp_path):
     (data / "cat/loop").symlink_to(data)
     (data / "cat/dogs").symlink_to(data / "dog/own")
     (data / "cat/file.png").symlink_to(other / "more/2.png")
-    images, left_out = search(data)
+    images, left_out, _ = search(data)
     assert list(images) == ["cat/1.png", "cat/file.png", "cat/linked/more/2.png", "dog/own/3.png"]
     assert say(left_out) == "2 links to folders that are read already"
 
@@ -111,7 +112,7 @@ def test_links_are_followed_and_each_real_folder_is_read_once(tmp_path):
 def test_masks_of_images_are_left_out(tmp_path, name):
     write_image(tmp_path / "x.jpg")
     mask(tmp_path / name, values=3)
-    images, left_out = search(tmp_path)
+    images, left_out, _ = search(tmp_path)
     assert list(images) == ["x.jpg"] and left_out == {name: "masks"}
     assert names(tmp_path, include=[name]) == sorted(["x.jpg", name])
 
@@ -170,6 +171,23 @@ def test_patterns_leave_out_and_keep(tmp_path):
     found = search(tmp_path, exclude=["old", "b*"], include=[".d.png"])
     assert list(found.images) == [".d.png", "a.png"]
     assert found.left_out == {"b.png": "excluded by b*", "old/c.png": "excluded by old"}
+    assert found.kept == {".d.png"}
+
+
+def test_a_folder_that_cannot_be_opened_is_counted(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "closed/b.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    images, left_out, _ = search(tmp_path)
+    assert list(images) == ["a.png"]
+    assert left_out == {"closed": "folders that can't be opened"}
 
 
 def test_names_are_in_one_form(tmp_path):

@@ -156,6 +156,7 @@ def test_train_and_dev_alone_hold_out_dev(tmp_path):
 def test_folders_that_may_be_parts_are_refused(tmp_path):
     for part in ("trian", "test"):
         class_folders(tmp_path / "typo" / part, ["a", "b"])
+    draw(tmp_path / "typo/test/flat.png")
     refused("folders test, trian all hold the folders a, b: call them train", tmp_path / "typo")
     for part in ("train", "test", "extra"):
         class_folders(tmp_path / "more" / part, ["a", "b"])
@@ -194,6 +195,8 @@ def test_what_is_left_out_of_a_folder_is_kept_by_kind_and_number(tmp_path):
     kept = opened(tmp_path, include="*_mask.png", exclude=["notes", "nothing"])
     assert len(kept.parts["train"]) == 5
     assert kept.notes[-1] == "no file matches data.exclude=nothing"
+    unused = opened(tmp_path, include="*.jpg").notes[0]
+    assert unused == "nothing that would be left out matches data.include=*.jpg"
 
 
 def test_patterns_leave_samples_of_any_layout_out(tmp_path):
@@ -234,6 +237,18 @@ def test_a_test_part_may_lack_a_class_but_train_may_not(tmp_path):
     class_folders(tmp_path / "train", ["a", "b", "c"])
     class_folders(tmp_path / "test", ["a", "c"])
     assert opened(tmp_path).parts["test"].labels.tolist() == [0, 0, 2, 2]
+
+
+def test_broken_images_are_left_out_if_wanted(tmp_path):
+    class_folders(tmp_path, ["a", "b"])
+    (tmp_path / "a/bad.png").write_bytes(b"x")
+    (tmp_path / "b/1.png").write_bytes((tmp_path / "b/1.png").read_bytes()[:40])
+    assert len(opened(tmp_path).parts["all"]) == 5
+    source = opened(tmp_path, skip_broken=True)
+    assert source.parts["all"].names == ["a/0.png", "a/1.png", "b/0.png"]
+    assert source.left_out == {"images that can't be read": 2}
+    assert source.notes[0] == "left out a/bad.png: no known image format"
+    assert source.notes[-1] == "left out 2 images that can't be read"
 
 
 # csv
@@ -581,6 +596,35 @@ def write_zhou(root, **changes):
     (root / "split_zhou_X.json").write_text(json.dumps(split))
 
 
+def test_a_class_name_twice_is_refused_with_its_mend(tmp_path, monkeypatch):
+    use_card(monkeypatch)
+    write_zhou(
+        tmp_path,
+        train=[["dog/1.png", 1, "big_dog"], ["cat/1.png", 0, "cat"], ["cat/2.png", 2, "cat"]],
+        val=[],
+    )
+    refused("class names twice, cat: give each class its own name, in data.classes",
+            tmp_path, name="x")  # fmt: skip
+    names = ["cat", "dog", "other cat"]
+    source = opened(tmp_path, name="x", classes=names)
+    assert source.class_names == names
+    assert source.parts["train"].labels.tolist() == [1, 0, 2]
+
+
+def test_data_may_lack_classes_of_a_list(tmp_path):
+    class_folders(tmp_path / "two", ["a", "c"])
+    source = open_source(DataConfig(root=tmp_path / "two"), among=["c", "b", "a"])
+    assert source.class_names == ["c", "b", "a"]
+    assert source.parts["all"].labels.tolist() == [2, 2, 0, 0]
+    assert opened(tmp_path / "two", classes=["c", "b", "a"]).class_names == ["c", "b", "a"]
+    other = open_source(DataConfig(root=tmp_path / "two"), among=["x", "y", "z"])
+    assert other.class_names == ["a", "c"]
+    class_folders(tmp_path / "one", ["c"])
+    assert open_source(DataConfig(root=tmp_path / "one"), among=["a", "c"]).parts[
+        "all"
+    ].labels.tolist() == [1, 1]
+
+
 def test_zhou(tmp_path, monkeypatch):
     use_card(monkeypatch, num_classes=2)
     write_zhou(tmp_path)
@@ -589,6 +633,16 @@ def test_zhou(tmp_path, monkeypatch):
     assert source.parts["train"].names == ["pics/dog/1.png", "pics/cat/1.png"]
     assert source.parts["train"].labels.tolist() == [1, 0]
     assert source.parts["test"].read(0).size == (4, 4)
+
+
+def test_lists_name_files_in_either_form(tmp_path, monkeypatch):
+    use_card(monkeypatch)
+    whole, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    rows = [[f"{whole}/1.png", 0, whole], [f"{apart}/2.png", 1, "tea"]]
+    write_zhou(tmp_path, train=rows, val=[], test=[])
+    draw(tmp_path / "pics" / apart / "1.png", tmp_path / "pics" / whole / "2.png")
+    samples = opened(tmp_path, name="x").parts["train"]
+    assert [samples.read(i).size for i in range(2)] == [(4, 4), (4, 4)]
 
 
 def test_bad_zhou(tmp_path, monkeypatch):

@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import vpt
-from vpt.engine.accelerator import make_accelerator
-from vpt.engine.features import image_features
-from vpt.engine.training_set import Batches
+from vpt.accelerator import make_accelerator
 from vpt.errors import InputError
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch
 from vpt.methods.linear_probe import FOLDS, solve_head
+from vpt.training.features import image_features
+from vpt.training.training_set import Batches
 
 LABELS = torch.arange(30) % 3
 

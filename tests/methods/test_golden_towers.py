@@ -9,10 +9,10 @@ from torch.nn.functional import normalize
 
 import vpt
 from vpt.config import TrainConfig
-from vpt.engine.train import make_optimizer
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch
 from vpt.methods.promptsrc import epoch_weights
+from vpt.training.fit import make_optimizer
 
 EXACT = pytest.mark.parametrize("exact_tokens", [False, True])
 
@@ -91,7 +91,7 @@ def test_promptsrc(exact_tokens):
     assert_close(model.teacher_texts, case["expected.teacher_text_features"])
     teacher = model.frozen_columns(inputs)["teacher"]
     assert_close(normalize(teacher, dim=-1), case["expected.teacher_image_features"])
-    terms = {"classification": "ce", "text": "text", "image": "image", "logits": "logits"}
+    terms = {"cross_entropy": "ce", "text": "text", "image": "image", "logits": "logits"}
     check_training(
         case,
         model,

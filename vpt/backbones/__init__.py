@@ -24,8 +24,9 @@ from vpt.backbones._families import families, find_family
 from vpt.backbones._wrapped import unwrap
 from vpt.backbones.base import Backbone, share
 from vpt.backbones.text import TextTower
-from vpt.config import BackboneConfig, BackbonePreset, read_yaml, validate
+from vpt.config import BackboneConfig, BackbonePreset, validate
 from vpt.errors import InputError, close
+from vpt.settings import read_yaml
 
 __all__ = ["Backbone", "TextTower", "adapt", "families", "load", "load_tiny_clip"]
 

@@ -128,7 +128,7 @@ class Backbone(nn.Module):
             )
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, N, width) that enter block 0."""
+        """Images (B, channels, H, W) to the tokens (B, N, width) that enter block 0."""
         raise NotImplementedError
 
     def enter(self, index: int, tokens: Tensor, num_prompts: int) -> Tensor:
@@ -182,6 +182,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Features (B, feature_dim) of images (B, 3, H, W), normalised as `preprocess` says.
+
+        A model of timm made with `in_chans=1` takes (B, 1, H, W).
 
         A prompt that the next block overwrites needs no output, so only its keys and values are
         computed: exact, and chosen where the blocks are known (`knows_rows`) unless `exact_tokens`
@@ -275,6 +277,12 @@ class Backbone(nn.Module):
 
         `maps` takes the feature maps; `begin` and `watch` are as in `tokens`.
         """
+        channels = self.preprocess.channels
+        if not begin and (images.ndim != 4 or images.shape[1] != channels):
+            raise InputError(
+                f"images of shape {tuple(images.shape)}, but the backbone takes (B, {channels}, "
+                "height, width)"
+            )
         prompts = prompts or Prompts([], [])
         if prompts.mixed and not self._fast:
             return self._one_by_one(images, prompts, maps, outputs)
@@ -374,7 +382,8 @@ class Backbone(nn.Module):
 
     def _waves(self) -> Tensor:
         size = self.preprocess.image_size
-        waves = torch.arange(3.0 * size * size).sin().view(1, 3, size, size)
+        channels = self.preprocess.channels
+        waves = torch.arange(float(channels * size * size)).sin().view(1, channels, size, size)
         return waves.to(next(self.model.parameters()))
 
     def identity(self) -> dict[str, Any]:

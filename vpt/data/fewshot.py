@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,11 +132,16 @@ def split_shots(
     notes = []
     if whole:
         notes.append(f"fewer {per}s than data.shots={shots}, so all train: {', '.join(whole)}")
-    absent = test.class_counts(len(source.class_names)) == 0
-    if absent.any():
-        names = [name for name, none in zip(source.class_names, absent, strict=True) if none]
-        notes.append(f"classes without a test image, which metrics leave out: {', '.join(names)}")
+    notes += absent_classes(source, [test])
     return Split(train, val, test, _hash(hashed), held, tuple(notes))
+
+
+def absent_classes(source: Source, tests: Sequence[Samples]) -> list[str]:
+    """A line on the classes without an image in `tests`, if there are any."""
+    counts = sum(test.class_counts(len(source.class_names)) for test in tests)
+    absent = [name for name, n in zip(source.class_names, counts, strict=True) if n == 0]
+    found = f"classes without a test image, which metrics leave out: {', '.join(absent)}"
+    return [found] if absent else []
 
 
 def _draw(

@@ -1,6 +1,7 @@
 """Image files: checked, and read as RGB whatever their mode; samples made of them."""
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +97,15 @@ def samples_of(
     """Samples of (path below `root`, label) pairs."""
     names = [name for name, _ in files]
     labels = np.array([label for _, label in files], dtype=np.int64)
-    return Samples([root / name for name in names], labels, names, patients)
+    return Samples([located(root / name) for name in names], labels, names, patients)
+
+
+def located(path: Path) -> Path:
+    """`path` in the one of Unicode's forms (NFC, NFD) that is there, else as it is."""
+    if str(path).isascii() or path.is_file():
+        return path
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((form for form in forms if form.is_file()), path)
 
 
 def is_dicom(path: Path) -> bool:

@@ -37,10 +37,14 @@ HIDDEN_FOLDERS = "hidden or system folders"
 
 
 class Found(NamedTuple):
-    """Images by their path below the folder, sorted; kinds of what was left out, by path."""
+    """Images by their path below the folder, sorted; kinds of what was left out, by path.
+
+    `kept` are the paths of images that would have been left out, but were to be included.
+    """
 
     images: dict[str, Path]
     left_out: dict[str, str]
+    kept: set[str]
 
 
 def search(folder: Path, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> Found:
@@ -57,21 +61,20 @@ def search(folder: Path, exclude: Sequence[str] = (), include: Sequence[str] = (
         name = composed(relative)
         if name in images or name in left_out:  # another file's, of another form
             name = unicodedata.normalize("NFD", relative)
-        if path.is_file() and _matches_any(name, include):
-            kind = None
-        elif excluding := next((p for p in exclude if matches(name, p)), None):
-            kind = f"excluded by {excluding}"
-        else:
-            kind = kind or _unlike_image(path)
+        excluding = next((pattern for pattern in exclude if matches(name, pattern)), None)
+        kind = f"excluded by {excluding}" if excluding else kind or _unlike_image(path)
         if kind:
             left_out[name] = kind
-        else:
+        if not kind or (path.is_file() and matches_any(name, include)):
             images[name] = path
-    masks = [name for name in _like_masks(images) if not _matches_any(name, include)]
+    masks = _like_masks(images)
     with ThreadPoolExecutor() as pool:
         few = list(pool.map(_has_few_values, (images[name] for name in masks)))
     left_out |= {name: "masks" for name, is_mask in zip(masks, few, strict=True) if is_mask}
-    return Found({name: images[name] for name in sorted(images.keys() - left_out)}, left_out)
+    kept = {name for name in images.keys() & left_out if matches_any(name, include)}
+    left_out = {name: kind for name, kind in left_out.items() if name not in kept}
+    wanted = sorted(images.keys() - left_out)
+    return Found({name: images[name] for name in wanted}, left_out, kept)
 
 
 def list_images(paths: Sequence[Path], log: Callable[[str], None] | None = None) -> list[Path]:
@@ -85,7 +88,7 @@ def list_images(paths: Sequence[Path], log: Callable[[str], None] | None = None)
         if not path.is_dir():
             files.append(path)
             continue
-        images, left_out = search(path)
+        images, left_out, _ = search(path)
         if not images:
             raise InputError(f"{path}: no images in this folder{say(left_out, ': ')}")
         if log and left_out:
@@ -116,7 +119,8 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(text, pattern) for text in (*paths, *parts, f"/{name}"))
 
 
-def _matches_any(name: str, patterns: Sequence[str]) -> bool:
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """True if one of `patterns` matches, see `matches`."""
     return any(matches(name, pattern) for pattern in patterns)
 
 
@@ -130,13 +134,14 @@ def say(left_out: Mapping[str, str], before: str = "") -> str:
 def _files(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Each file and, if it is known by now, why it is left out; of a whole folder, once."""
     seen: set[str] = set()
+    closed: list[OSError] = []
     tops = [folder]  # links come last: what is below two of them counts where it really lies
     while tops:
         top = tops.pop(0)
         if os.path.realpath(top) in seen:
             yield top, "links to folders that are read already"
             continue
-        for parent, folders, files in os.walk(top):
+        for parent, folders, files in os.walk(top, onerror=closed.append):
             seen.add(os.path.realpath(parent))
             below = [Path(parent, name) for name in sorted(folders)]
             yield from ((path, HIDDEN_FOLDERS) for path in below if _is_system(path.name))
@@ -151,6 +156,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, str | None]]:
                 path = Path(parent, name)
                 hidden = "hidden or system files" if _is_system(name) else None
                 yield path, hidden if path.exists() else "broken links"
+    yield from ((Path(e.filename), "folders that can't be opened") for e in closed)
 
 
 def _is_system(name: str) -> bool:

@@ -2,21 +2,22 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from vpt import resources
-from vpt.config import Augment, DataConfig
+from vpt.config import Augment, DataConfig, Window
 from vpt.data import layouts, medmnist
 from vpt.data.cards import Card, load_card, plain_card
 from vpt.data.dicom import patient
 from vpt.data.images import Samples, is_dicom
 from vpt.data.layouts import Read
 from vpt.data.search import composed, matches, say
-from vpt.errors import InputError, some
+from vpt.data.survey import survey_images
+from vpt.errors import InputError, check_class_names, some
 from vpt.targets import Target
 
 __all__ = ["Samples", "Source", "open_source"]
@@ -46,8 +47,14 @@ class Source:
         return self.card.medical or any(samples.patients for samples in self.parts.values())
 
 
-def open_source(config: DataConfig) -> Source:
-    """The data that `data.name` and `data.root` mean; image files are listed, not read.
+def open_source(config: DataConfig, among: Sequence[str] | None = None) -> Source:
+    """The data that `data.name` and `data.root` mean.
+
+    Image files are listed, and read only to leave out the broken ones, if `data.skip_broken`.
+
+    Args:
+        config: which data.
+        among: class names, of which the data may lack some.
 
     Raises:
         InputError: missing or wrong files, a layout that `data.root` does not have, names or
@@ -68,6 +75,11 @@ def open_source(config: DataConfig) -> Source:
     found, parts, kinds, notes = Read(*layout.read(root, card))
     parts, kinds = _exclude(parts, dict(kinds), card)
     _check_dump(parts, card, where=f"data.root={root}")
+    if config.skip_broken:
+        broken = _broken(parts, config.windows)
+        parts = {part: _without(samples, broken) for part, samples in parts.items()}
+        kinds |= dict.fromkeys(broken, "images that can't be read")
+        notes = [*notes, *(f"left out {name}: {why}" for name, why in broken.items())]
     if config.windows and any(isinstance(s.images, np.ndarray) for s in parts.values()):
         raise InputError(f"data.windows={','.join(config.windows)}: {name} is not DICOM: drop it")
     patients = _patients(parts)
@@ -75,14 +87,19 @@ def open_source(config: DataConfig) -> Source:
         part: replace(samples, patients=patients[part], windows=config.windows)
         for part, samples in parts.items()
     }
-    if config.classes:
-        classes = [composed(name) for name in config.classes]
-        config = config.model_copy(update={"classes": classes})
-    class_names = _class_names(found, config, card, where=f"data.root={root}")
-    if config.classes and set(config.classes) == set(found):  # the same names: another label order
+    target = next(iter(parts.values())).target
+    names = [composed(name) for name in config.classes] if config.classes else None
+    among = names or among
+    distinct = among and len(set(among)) == len(among)
+    if target.exclusive and distinct and set(found) < set(among):
+        class_names = list(among)
+    else:
+        class_names = _class_names(found, names, card, where=f"data.root={root}")
+    _check_distinct(class_names, f"data.root={root}")
+    if class_names != found and set(found) <= set(class_names):  # labels follow the names
         order = np.array([class_names.index(name) for name in found])
         parts = {
-            part: replace(samples, labels=samples.target.reorder(samples.labels, order))
+            part: replace(samples, labels=target.reorder(samples.labels, order))
             for part, samples in parts.items()
         }
     templates = card.templates if config.templates is None else config.templates
@@ -118,6 +135,18 @@ def _without(samples: Samples, names: Collection[str]) -> Samples:
     return samples if len(kept) == len(samples) else samples.take(kept)
 
 
+def _broken(parts: dict[str, Samples], windows: tuple[Window, ...] | None) -> dict[str, str]:
+    """Names of the samples that can't be read, each with the reason."""
+    files = {
+        path: name
+        for samples in parts.values()
+        if not isinstance(samples.images, np.ndarray)
+        for path, name in zip(samples.images, samples.names, strict=True)
+    }
+    broken = survey_images(list(files), windows).broken
+    return {files[path]: reason for path, reason in broken.items()}
+
+
 def _say_left_out(kinds: dict[str, str], card: Card) -> list[str]:
     used = set(kinds.values())
     unused = [p for p in card.exclude if f"excluded by {p}" not in used]
@@ -125,8 +154,15 @@ def _say_left_out(kinds: dict[str, str], card: Card) -> list[str]:
     return [*said, *(f"no file matches data.exclude={pattern}" for pattern in unused)]
 
 
-def _class_names(found: list[str], config: DataConfig, card: Card, where: str) -> list[str]:
-    """The configuration's names, else the card's, else those `found` in the files."""
+def _check_distinct(names: list[str], where: str) -> None:
+    try:
+        check_class_names(names)
+    except InputError as error:
+        raise InputError(f"{where}: {error}, in data.classes=[…]") from None
+
+
+def _class_names(found: list[str], given: list[str] | None, card: Card, where: str) -> list[str]:
+    """The names `given`, else the card's, else those `found` in the files."""
     if card.num_classes not in (None, len(found)):
         raise InputError(f"{where}: {len(found)} classes, not {card.num_classes}: {card.get}")
     if len(found) < 2:
@@ -134,16 +170,13 @@ def _class_names(found: list[str], config: DataConfig, card: Card, where: str) -
             f"{where}: only one class, {found[0]!r}: give two or more, or the folder of the "
             "class folders"
         )
-    if config.classes is not None:
-        if len(config.classes) != len(found):
+    if given is not None:
+        if len(given) != len(found):
             raise InputError(
-                f"data.classes has {len(config.classes)} names, but the data has {len(found)} "
+                f"data.classes has {len(given)} names, but the data has {len(found)} "
                 "classes: give one name a class"
             )
-        twice = {name for name in config.classes if config.classes.count(name) > 1}
-        if twice:
-            raise InputError(f"data.classes has {some(twice)} twice: give each class its own name")
-        return config.classes
+        return given
     # Files may carry no names (arrays), codes (ImageNet's n01440764) or the card's own names. In
     # the last case theirs is the label order.
     if card.classes is None or set(card.classes) == set(found):

@@ -8,7 +8,7 @@ from torch import nn
 from vpt import backbones, modules, targets
 from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict, validate
-from vpt.errors import InputError
+from vpt.errors import InputError, check_class_names
 from vpt.methods.base import Method
 from vpt.targets import Target
 
@@ -55,7 +55,7 @@ def attach(
         backbone: a timm vision transformer, an open_clip CLIP, or `vpt.backbones.load(...)`.
         method: a name from `vpt list methods`, or a class of one's own.
         num_classes: how many classes, where `class_names` are not given.
-        class_names: in label order; methods with a text tower need them.
+        class_names: distinct texts in label order; methods with a text tower need them.
         tokenizer: texts → token ids (N, T), for CLIP methods; None: CLIP's own.
         multilabel: an image may have any number of the classes: short for `target="multilabel"`.
         target: the kind of the labels: a name under vpt/targets, or a class of one's own.
@@ -73,6 +73,7 @@ def attach(
             needed = "class_names" if reads_names else "num_classes or class_names"
             raise InputError(f"{cls.name} needs {needed}")
         class_names = [str(label) for label in range(num_classes)]
+    check_class_names(class_names)
     if num_classes not in (None, len(class_names)):
         raise InputError(f"num_classes={num_classes}, but {len(class_names)} class_names")
     if len(class_names) < 2:

@@ -11,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from vpt.backbones._known import is_exactly
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
-from vpt.config import Strict
 from vpt.errors import InputError
-from vpt.methods._templates import Templates
+from vpt.methods._templates import TemplateOptions
 from vpt.methods._text import ClassEmbeddings
 
 CHUNK = 256  # texts whose activations are kept at once; more of them run again in backward
@@ -85,14 +84,10 @@ def _sum(weight: Tensor, change: Change) -> nn.Parameter:
     return nn.Parameter(weight + change.delta().to(weight.dtype), requires_grad=False)
 
 
-class TextOptions(Strict):
-    """Options of methods that change both towers."""
-
-    templates: Templates = ["a photo of a {}."]  # noqa: RUF012  # the first is the classes' text
-
-
 class ChangedTowers(ClassEmbeddings):
     """Changes beside weights of both towers' blocks; the inference form has merged weights.
+
+    The first of the templates is the classes' text.
 
     Attributes:
         image_changes, text_changes: in the order of the towers' layers.
@@ -105,7 +100,7 @@ class ChangedTowers(ClassEmbeddings):
         self,
         backbone: Adapter,
         class_names: Sequence[str],
-        options: TextOptions,
+        options: TemplateOptions,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """As every method.

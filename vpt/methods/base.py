@@ -130,8 +130,8 @@ class Method(nn.Module):
         options: checked options.
         class_names: in label order.
         target: the kind of its labels.
-        solved: True where the method is fitted to features at once, without gradient steps; it then
-            has `solve(features, labels)`.
+        solved: True where the method is fitted to features at once, by `solve(features, labels)`,
+            and not by the steps of `fit`.
         frozen_features: True where nothing that trains changes an image's features, so that
             they need be computed only once.
         cross_fitted: True where `step` needs the column `split`.
@@ -268,6 +268,9 @@ class Method(nn.Module):
     def training_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint of unfinished training stores of the method."""
         return self.artifact_tensors()
+
+    def make_room(self, tensors: dict[str, Tensor]) -> None:
+        """Size what has the size of the training set; called before `tensors` are loaded."""
 
     def fold(self) -> "Method":
         """The inference form: a frozen view with all that no image changes computed once."""

@@ -8,10 +8,11 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpt.methods._changed import Change, ChangedTowers, TextOptions
+from vpt.methods._changed import Change, ChangedTowers
+from vpt.methods._templates import TemplateOptions
 
 
-class Options(TextOptions):
+class Options(TemplateOptions):
     """Options of CLIP-LoRA."""
 
     rank: PositiveInt = 2

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vpt.methods._changed import Change, ChangedTowers, TextOptions
+from vpt.methods._changed import Change, ChangedTowers
+from vpt.methods._templates import TemplateOptions
 
 
 class CLIPSVD(ChangedTowers):
@@ -17,7 +18,7 @@ class CLIPSVD(ChangedTowers):
     side is no multiple of 4 loses its smallest.
     """
 
-    Options = TextOptions
+    Options = TemplateOptions
 
     def change(self, weights: Sequence[Tensor]) -> Change:
         """Differences of the parts' singular values."""

@@ -11,17 +11,19 @@ from torch.nn import functional as F
 from vpt.backbones.base import Prompts
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
-from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.losses import Loss
-from vpt.methods._templates import Templates
+from vpt.methods._templates import TemplateOptions
 from vpt.methods._text import ClassEmbeddings
 from vpt.methods._tokens import ImagePrompts
 from vpt.methods.base import Batch, Step
 
 
-class Options(Strict):
-    """Options of MMRL++; its paper chooses `beta` and `weight` for each data set, these are one."""
+class Options(TemplateOptions):
+    """Options of MMRL++, whose paper chooses `beta` and `weight` for each data set; these are one.
+
+    The first of `templates` is the classes' text.
+    """
 
     num_tokens: PositiveInt = 5
     dim: PositiveInt = 512  # of the tokens, before they are mapped to a tower's width
@@ -33,7 +35,6 @@ class Options(Strict):
     weight: float = Field(0.5, ge=0)  # of the cosine distances to the frozen towers' features
     final_norm: float = Field(0.0, ge=0)  # AlignedNorm's weights; there .1 both
     sequence_norm: float = Field(0.0, ge=0)
-    templates: Templates = ["a photo of a {}."]  # noqa: RUF012  # the first is the classes' text
     cache_blocks: bool = True  # keep what blocks without tokens give: .6 MB a view, ViT-B/16
 
 

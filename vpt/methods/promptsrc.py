@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
-from vpt.config import Strict
 from vpt.losses import Loss
-from vpt.methods._templates import CLIP_TEMPLATES, Templates
+from vpt.methods._clip_templates import CLIP_TEMPLATES
+from vpt.methods._templates import TemplateOptions
 from vpt.methods.base import Batch, Epoch, Step
 from vpt.methods.ivlp import IVLP
 
 
-class Options(Strict):
+class Options(TemplateOptions):
     """Options of PromptSRC."""
 
     num_tokens: PositiveInt = 4  # of the text
@@ -24,7 +24,9 @@ class Options(Strict):
     num_image_tokens: PositiveInt = 4
     image_depth: PositiveInt = 9
     init: str | None = "a photo of a"  # words after `num_tokens` stay; None: N(0, 0.02²)
-    templates: Templates | None = None  # of the teacher's texts; None: the 60 published ones
+    templates: list[str] | None = Field(
+        None, min_length=1
+    )  # of the teacher's texts; None: the 60 published ones
     text_weight: float = Field(25.0, ge=0)
     image_weight: float = Field(10.0, ge=0)
     # the result is a mean over epochs, weighted by a Gaussian around this one (the first is 1);
@@ -73,7 +75,7 @@ class PromptSRC(IVLP):
         with torch.no_grad():
             teacher_logits = self.similarities(teacher, teacher_texts)
         terms = {
-            "classification": loss(logits, batch.labels),
+            loss.name: loss(logits, batch.labels),
             "text": self.options.text_weight * self._distance(texts, teacher_texts),
             "image": self.options.image_weight * self._distance(features, teacher),
             "logits": self.target.divergence(logits, teacher_logits),

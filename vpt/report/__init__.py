@@ -8,13 +8,14 @@ from jinja2 import Environment, PackageLoader
 from pydantic import BaseModel
 
 from vpt import resources
-from vpt.artifact import write_atomically
-from vpt.config import Published, read_yaml, validate
+from vpt.config import Published, validate
 from vpt.data.cards import Card, load_card
-from vpt.engine.progress import Log
+from vpt.files import write_atomically
+from vpt.progress import Log
 from vpt.report.figures import draw_figures
 from vpt.report.runs import caveats, find_runs, read_curves, read_runs, shots_text
 from vpt.report.tables import MEAN, Column, accuracy_table, cell_table, make_cells
+from vpt.settings import read_yaml
 
 PAGES = Environment(loader=PackageLoader("vpt", "report"), autoescape=True, trim_blocks=True)
 

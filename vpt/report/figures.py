@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from vpt.engine.lettering import labels, legend, letter
+from vpt.evaluation.lettering import labels, legend, letter
 from vpt.report.runs import shots_text
 
 STYLE = {

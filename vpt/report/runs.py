@@ -9,10 +9,10 @@ import pandas as pd
 from omegaconf import OmegaConf
 from pydantic import BaseModel, PositiveInt, ValidationError
 
-from vpt.config import read_yaml
 from vpt.data.cards import Card
-from vpt.engine.folder import RunFolder
 from vpt.errors import InputError
+from vpt.folder import RunFolder
+from vpt.settings import read_yaml
 
 CELL = ["data", "shots", "backbone", "method"]  # runs that differ in their seed only
 METRICS = {

@@ -208,6 +208,10 @@ class Target:
         """Logits (…, C) from the similarities (…, texts) of an image and `texts`."""
         return similarities
 
+    def text_truth(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Which of `texts` are true of each image, bool (N, texts)."""
+        return self.truth(labels, num_classes)
+
 
 def misfit(labels: Tensor, mend: str) -> InputError:
     """The refusal of a batch's labels, which says their shape and range."""

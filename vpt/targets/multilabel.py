@@ -176,3 +176,8 @@ class Multilabel(Target):
         """Similarity to the class less that to its opposite (CheXzero, Tiu et al. 2022)."""
         present, absent = similarities.chunk(2, dim=-1)
         return present - absent
+
+    def text_truth(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Classes of each image, then those that it lacks, bool (N, 2 · C)."""
+        truth = self.truth(labels, num_classes)
+        return torch.cat([truth, ~truth], 1)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vpt.data.cards import Card
-from vpt.data.images import Samples, samples_of
+from vpt.data.images import Samples, located, samples_of
 from vpt.errors import InputError, some
 
 PARTS = ("train", "val", "test")
@@ -29,7 +29,7 @@ def parts_of(root: Path, files: dict[str, list[tuple[str, int]]], card: Card) ->
     """
     names = {part: [name for name, _ in rows] for part, rows in files.items()}
     for part, listed in names.items():
-        missing = [name for name in listed if not (root / name).is_file()]
+        missing = [name for name in listed if not located(root / name).is_file()]
         if missing:
             raise InputError(
                 f"{root}: {len(missing)} files of the {part} list are missing, first "

@@ -15,11 +15,11 @@ _NAMES = {
     "path": (
         *("path", "filepath", "filename", "file", "fname", "imagepath", "imgpath", "imagefile"),
         *("imagefilename", "imagename", "imgname", "image", "img", "images", "imageid", "imgid"),
-        *("imageindex", "isicid", "picture", "photo"),
+        *("imageindex", "isicid", "idcode", "picture", "photo", "id"),
     ),
     "label": (
         *("label", "labels", "class", "classname", "classlabel", "category", "categoryname"),
-        *("target", "dx", "diagnosis", "species"),
+        *("target", "dx", "diagnosis", "species", "breed", "grade", "level"),
     ),
     "split": ("split", "part", "partition", "subset", "set", "usage", "phase", "fold"),
     "patient": (

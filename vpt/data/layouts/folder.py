@@ -48,7 +48,9 @@ def read(root: Path, card: Card) -> Read:
         rows = [(*row, label[name]) for name in sorted(images) for row in images[name].items()]
         labels = np.array([label for _, _, label in rows], dtype=np.int64)
         samples[part] = Samples([path for _, path, _ in rows], labels, [name for name, *_ in rows])
-    return Read(class_names, train_and_test(samples), found.left_out)
+    unused = [p for p in card.include if not any(matches(name, p) for name in found.kept)]
+    notes = [f"nothing that would be left out matches data.include={p}" for p in unused]
+    return Read(class_names, train_and_test(samples), found.left_out, notes)
 
 
 def _parts(root: Path, card: Card, found: Found) -> dict[str, str]:
@@ -128,6 +130,6 @@ def _check_apart(root: Path, classes: Classes) -> None:
     if len(inside) > 1 and len(common) > 1 and all(folders == common for folders in inside):
         raise InputError(
             f"{root}: its folders {some(classes)} all hold the folders {some(common)}: call them "
-            "train, val and test if they are parts, give data.root=FOLDER for one of them, or "
-            "data.exclude for what is no image"
+            "train, val and test if they are parts, give data.root=FOLDER for one of them or "
+            "data.exclude for what is no image, or write a CSV if they are classes"
         )

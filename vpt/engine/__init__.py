@@ -1,1 +1,0 @@
-"""Training, evaluation, and runs that leave a folder of results."""

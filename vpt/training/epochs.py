@@ -1,0 +1,127 @@
+"""Epochs of gradient steps: what a training is, once everything is prepared."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from vpt.config import TrainConfig
+from vpt.errors import InputError
+from vpt.losses import Loss
+from vpt.methods import Method
+from vpt.methods.base import Batch, Epoch
+from vpt.training.features import FrozenColumns, current_features
+from vpt.training.training_set import Batches
+
+Record = dict[str, Any]
+
+
+def epochs(
+    model: Method,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    plain: Batches,
+    frozen: FrozenColumns | None,
+    loss: Loss,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    done: int,
+) -> Iterator[Record]:
+    """Train for the epochs that are not `done`; a record of each as soon as it is over."""
+    # prepared once, so that its workers keep what they have decoded
+    shown = plain.prepared(accelerator) if model.cross_fitted else plain
+    features = partial(current_features, model, shown, accelerator, frozen)
+    step = _Step(model, loss, fresh=model.overrides("frozen_columns") and frozen is None)
+    step, optimizer = accelerator.prepare(step, optimizer)
+    batches = batches.prepared(accelerator)
+    for number in range(done, config.epochs):
+        set_seed(config.seed + number, device_specific=True)
+        at = Epoch(number, config.epochs, loss, plain, features)
+        model.before_epoch(at)
+        if frozen:
+            frozen.show(number)
+            batches = batches.with_columns(frozen.columns).prepared(accelerator)
+        # not the sampler's own: accelerate counts from 0 on resuming
+        batches.loader.set_epoch(number)
+        lr = learning_rate(config, number)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        means = _steps(step, optimizer, batches, accelerator)
+        finite = all(p.isfinite().all() for p in model.tunable_parameters().values())
+        if not (finite and math.isfinite(means["loss"])):
+            raise InputError(
+                f"the loss is {means['loss']:g}, or prompts are not finite, in epoch {number}: "
+                f"lower train.lr={config.lr:g}, or give train.precision=fp32"
+            )
+        model.after_epoch(at)
+        if number == config.epochs - 1:
+            model.after_training(at)
+        yield {"epoch": number, "lr": lr, **means}
+
+
+def _steps(
+    step: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Take a step on each batch; the means of loss, accuracy and terms over the images."""
+    # summed on the device: nothing waits for the GPU inside an epoch
+    sums, seen, names = 0, 0, ()
+    for batch in batches:
+        total, correct, terms = step(batch)
+        accelerator.backward(total)
+        optimizer.step()
+        optimizer.zero_grad()
+        count, names = len(batch.labels), tuple(terms)
+        loss, *parts = (value.detach() * count for value in (total, *terms.values()))
+        sums, seen = sums + torch.stack([loss, correct, *parts]), seen + count
+    totals = torch.cat([sums, sums.new_tensor([seen])])
+    *sums, count = accelerator.reduce(totals).tolist()
+    loss, accuracy, *parts = (total / count for total in sums)
+    record = {"loss": loss, "accuracy": accuracy}
+    return {**record, "terms": dict(zip(names, parts, strict=True))} if names else record
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Learning rate of `epoch`; at most half of the epochs are warm-up.
+
+    cosine: KMnP/vpt, src/solver/lr_scheduler.py. dassl: Dassl, dassl/optim/lr_scheduler.py, whose
+    cosine starts after the warm-up but has the period of all epochs, so it never reaches 0.
+    """
+    warmup, epochs = min(config.warmup_epochs, config.epochs // 2), config.epochs
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "dassl":
+        if epoch < warmup:
+            return config.warmup_lr
+        turn = (epoch - warmup) / epochs
+    else:
+        if epoch < warmup:
+            return config.lr * epoch / warmup
+        turn = (epoch - warmup) / (epochs - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * turn))
+
+
+class _Step(nn.Module):
+    """A method's step as a forward pass, so that DistributedDataParallel sees it."""
+
+    def __init__(self, model: Method, loss: Loss, fresh: bool) -> None:
+        """`fresh`: frozen columns are computed for each batch."""
+        super().__init__()
+        self.model, self.loss, self.fresh = model, loss, fresh
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Total, number of right predictions, and terms."""
+        if self.fresh:
+            with torch.no_grad():
+                own = self.model.frozen_columns(batch.inputs)
+            batch = batch._replace(columns={**batch.columns, **own})
+        step = self.model.step(batch, self.loss)
+        return step.total, self.model.target.num_correct(step.logits, batch.labels), step.terms

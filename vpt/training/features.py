@@ -1,0 +1,200 @@
+"""What never changes for an image, computed once: features, and a method's frozen columns."""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vpt.accelerator import Precision, make_accelerator
+from vpt.artifact import digest
+from vpt.errors import InputError
+from vpt.evaluation.evaluate import EVAL_BATCH
+from vpt.files import write_atomically
+from vpt.methods import Method
+from vpt.methods.base import Batch
+from vpt.progress import Log
+from vpt.resources import package_version
+from vpt.training.training_set import INPUTS, Batches
+
+
+class FrozenColumns:
+    """Columns (N, …) of a training set, for the views of an epoch.
+
+    Without augmentation an image has one view, computed once: exact. With it, features of each
+    epoch's own views are computed in one pass before the epoch: exact too. Or the epochs take turns
+    with a number of `views` that are computed once.
+
+    Attributes:
+        views: how many there are; None: each epoch's own.
+        labels: of the training set's images.
+        columns: as `show` left them; `inputs` among them if the method's never change.
+    """
+
+    def __init__(
+        self,
+        model: Method,
+        train: DataLoader,
+        accelerator: Accelerator,
+        views: int | None,
+        folder: Path | None,
+        log: Log,
+    ) -> None:
+        """`train` loads an `ImageDataset`; `folder` keeps columns for later runs, None: no."""
+        self.model, self.train, self.accelerator = model, train, accelerator
+        self.folder, self.log = folder and folder.expanduser().absolute(), log
+        self.views = 1 if train.dataset.deterministic else views
+        self.labels = torch.from_numpy(train.dataset.samples.labels)
+        self.stored: dict[int, dict[str, Tensor]] = {}
+        self.columns: dict[str, Tensor] = {}
+        which = {None: "each epoch's own views, in one pass", 1: "one view"}
+        what = "image features" if model.frozen_features else "frozen columns"
+        log(f"{what}: of {which.get(self.views, f'{self.views} stored views')} an image")
+
+    @property
+    def whole(self) -> bool:
+        """True if `columns` are all that `image_features` would give."""
+        model, images = self.model, self.train.dataset
+        return model.frozen_features and images.deterministic and not model.cross_fitted
+
+    def show(self, epoch: int) -> None:
+        """Have the columns of an epoch's views at hand."""
+        view = epoch if self.views is None else epoch % self.views
+        if view not in self.stored:
+            if self.views is None:
+                self.stored.clear()
+            self.stored[view] = self._load(view)
+        self.columns = self.stored[view]
+
+    def _load(self, view: int) -> dict[str, Tensor]:
+        if self.folder is None:
+            return self._compute(view)
+        key = self._key(view)
+        path = self.folder / f"{key}.safetensors"
+        main = self.accelerator.is_main_process
+        # one process decides for all: they compute columns together or not at all
+        (columns,) = broadcast_object_list([_read(path, key) if main else None])
+        if columns is not None:
+            self.log(f"image features: from {path}")
+            return columns
+        if path.is_file():
+            self.log(f"image features: broken, so made again: {path}")
+        columns = self._compute(view)
+        if main:
+            header = {"sha256": digest(columns, key)}
+            write_atomically(path, safetensors.torch.save(columns, header))
+        return columns
+
+    @torch.no_grad()
+    def _compute(self, view: int) -> dict[str, Tensor]:
+        count = len(self.train.dataset)
+        loader = DataLoader(
+            self.train.dataset,
+            EVAL_BATCH,
+            sampler=range(view * count, (view + 1) * count),
+            num_workers=self.train.num_workers,
+            collate_fn=self.train.collate_fn,
+        )
+        model, accelerator = self.model.to(self.accelerator.device).eval(), self.accelerator
+        parts = []
+        for images, _ in accelerator.prepare(loader):
+            with accelerator.autocast():
+                columns = model.frozen_columns(images)
+                if model.frozen_features:
+                    columns = {INPUTS: model.features(images), **columns}
+            columns = {k: c.float() if c.is_floating_point() else c for k, c in columns.items()}
+            parts.append(accelerator.gather_for_metrics(columns))
+        return _check({name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]})
+
+    def _key(self, view: int) -> str:
+        """Names all that the columns come from; another of any of it is another file."""
+        model, images = self.model, self.train.dataset
+        own = model.overrides("image_prompts", "pixels", "read", "features", "frozen_columns")
+        tensors, tunable = model.artifact_tensors() if own else {}, model.tunable_parameters()
+        frozen = {name: t.cpu() for name, t in tensors.items() if name not in tunable}
+        text = json.dumps(
+            {
+                "version": package_version(),
+                "torch": torch.__version__,
+                "backbone": [model.backbone.fingerprint(), repr(model.backbone.model)],
+                "method": own and [model.name, model.options.model_dump(mode="json")],
+                "preprocess": model.backbone.preprocess.to_dict(),
+                "augment": images.deterministic or [images.augmentation, images.seed, view],
+                "images": images.samples.content_hash(),
+                "precision": self.accelerator.mixed_precision,
+            },
+            sort_keys=True,
+        )
+        return digest(frozen, text)
+
+
+@torch.no_grad()
+def predict_cached(
+    model: Method, loader: DataLoader, precision: Precision, folder: Path
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels of a loader's images, of which `folder` keeps the features.
+
+    For a method with `frozen_features`, and a loader without augmentation.
+    """
+    accelerator = make_accelerator(precision)
+    frozen = FrozenColumns(model, loader, accelerator, None, folder, log=lambda line: None)
+    frozen.show(0)
+    model.to(accelerator.device).eval()
+    parts = []
+    for features in frozen.columns[INPUTS].split(EVAL_BATCH):
+        with accelerator.autocast():
+            parts.append(model.logits(features.to(accelerator.device)).float().cpu())
+    return torch.cat(parts), frozen.labels
+
+
+def current_features(
+    model: Method, batches: Batches, accelerator: Accelerator, frozen: FrozenColumns | None
+) -> Batch:
+    """Features of all images of `batches` as of now, cached if they never change."""
+    if frozen and frozen.whole:
+        frozen.show(0)
+        return Batch(frozen.columns[INPUTS], frozen.labels, cached=True)
+    return image_features(model, batches, accelerator)
+
+
+@torch.no_grad()
+def image_features(model: Method, batches: Batches, accelerator: Accelerator) -> Batch:
+    """One batch of all images: features (N, feature_dim) in float32, on the CPU.
+
+    Raises:
+        InputError: a feature is not finite.
+    """
+    model.to(accelerator.device).eval()
+    parts = []
+    for batch in batches.prepared(accelerator):
+        with accelerator.autocast():
+            features = model.features(batch.inputs)
+        whole = (features.float(), batch.labels, batch.columns)
+        parts.append(accelerator.gather_for_metrics(whole))
+    features, labels, columns = zip(*parts, strict=True)
+    features, labels = torch.cat(features).cpu(), torch.cat(labels).cpu()
+    columns = {name: torch.cat([part[name] for part in columns]).cpu() for name in columns[0]}
+    _check({INPUTS: features})
+    return Batch(features, labels, columns, cached=True)
+
+
+def _check(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not all(column.isfinite().all() for column in columns.values()):
+        raise InputError("features are not finite: check the backbone's weights, or lower train.lr")
+    return columns
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The columns written under `key`; None if they are not there whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            whole = file.metadata()["sha256"] == digest(columns, key)
+    except Exception:
+        return None
+    return columns if whole else None

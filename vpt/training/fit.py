@@ -1,0 +1,292 @@
+"""The training loop: accelerate for devices, one resumable checkpoint an epoch."""
+
+import io
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vpt import losses
+from vpt.accelerator import make_accelerator
+from vpt.config import EngineConfig, TrainConfig, validate
+from vpt.errors import InputError
+from vpt.evaluation.evaluate import evaluate, predict
+from vpt.files import write_atomically
+from vpt.losses import Loss
+from vpt.methods import Method
+from vpt.methods.base import Batch, Epoch
+from vpt.methods.linear_probe import FOLDS
+from vpt.progress import EpochBar, Log
+from vpt.training.crossval import assign_folds, training_helps
+from vpt.training.epochs import Record, epochs
+from vpt.training.features import FrozenColumns, current_features, image_features
+from vpt.training.training_set import Batches, TrainingSet
+
+
+def fit(
+    model: Method,
+    train: DataLoader,
+    val: DataLoader | None = None,
+    config: TrainConfig | dict[str, Any] | None = None,
+    *,
+    loss: str | type[Loss] | Loss | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[list[Record]], None] | None = None,
+    engine: EngineConfig | None = None,
+    progress: bool = False,
+    log: Log = lambda line: None,
+) -> list[Record]:
+    """Train the tunable parameters of `model`, or fit it at once where that needs no gradients.
+
+    Deterministic on a CPU for one `config.seed`; the random state is set anew for each epoch, so
+    a resumed run equals an uninterrupted one.
+
+    Args:
+        model: from `vpt.attach`.
+        train: batches (images (B, 3, H, W), labels), a mapping of them (`image`, `label`), or
+            `vpt.methods.base.Batch`; labels as `Target.conform` takes them.
+        val: evaluated after each epoch and written down; never used to choose anything.
+        config: a TrainConfig, or its settings; None: its defaults.
+        loss: a name under vpt/losses, a class or an instance; None: `config.loss`.
+        checkpoint: a file written after each epoch, and continued from where it exists.
+        on_epoch: called by the main process after each epoch with all records so far.
+        engine: `compile` and `feature_cache` of an EngineConfig; None: neither.
+        progress: show a bar with loss and accuracy.
+        log: takes lines for the user.
+
+    Returns:
+        One record an epoch: epoch, lr, loss, accuracy, seconds, `terms` (means of those that the
+        method's steps name), and val_accuracy where `val` is.
+
+    Raises:
+        InputError: no DataLoader; `folds` or cross-fitted heads with one that cannot be taken into
+            parts; the loss is not finite; the checkpoint does not belong to this model; a setting
+            that TrainConfig does not have; a `loss` that does not fit the method or the labels.
+    """
+    if not isinstance(train, DataLoader):
+        raise InputError(f"fit needs a torch DataLoader to train on, not a {type(train).__name__}")
+    if not isinstance(config, TrainConfig):
+        config = validate(TrainConfig, config or {}, where="config")
+    chosen = find_loss(loss or config.loss, model)
+    images = TrainingSet(train, model.target, len(model.class_names))
+    engine = engine or EngineConfig()
+    accelerator = make_accelerator(config.precision, engine.compile)
+    config = _prepare(config, model, images, accelerator)
+    begin = time.perf_counter()
+    set_seed(config.seed)
+    in_order = images.own or config.folds or model.cross_fitted
+    plain = images.batches(images.plain if in_order else train)
+    loss = _make(chosen, model, images)
+    frozen = _frozen_columns(model, images, config, engine, accelerator, log)
+    if model.solved:
+        seen = current_features(model, plain, accelerator, frozen)
+        return [_solve(model, seen, accelerator, begin)]
+    optimizer = make_optimizer(model, config)
+    history = _resume(checkpoint, model, optimizer)
+    if config.folds and not history:
+        helps = _training_helps(model, images, chosen, config, engine, accelerator, log)
+        # training on parts has reset the state that all accelerators share
+        accelerator = make_accelerator(config.precision, engine.compile)
+        if not helps:
+            features = partial(current_features, model, plain, accelerator, frozen)
+            model.before_epoch(Epoch(0, config.epochs, loss, plain, features))
+            return [_record(model, *predict(model, plain.loader, config.precision), begin)]
+    shown, plain = _batches(model, images, plain, frozen)
+    with EpochBar(config.epochs, show=progress and accelerator.is_main_process) as bar:
+        bar.update(history)
+        for record in epochs(
+            model, optimizer, shown, plain, frozen, loss, config, accelerator, len(history)
+        ):
+            if val is not None:
+                record["val_accuracy"] = evaluate(model, val, config.precision)["accuracy"]
+            now = time.perf_counter()
+            record["seconds"], begin = now - begin, now
+            history.append(record)
+            if accelerator.is_main_process:
+                if on_epoch:
+                    on_epoch(history)
+                if checkpoint:
+                    _write_checkpoint(checkpoint, model, optimizer, history)
+            bar.update(history)
+    model.eval()
+    return history
+
+
+def find_loss(loss: str | type[Loss] | Loss, model: Method) -> type[Loss] | Loss:
+    """The loss that is meant.
+
+    Raises:
+        InputError: no loss of that name; one that does not fit the labels, or a method without one.
+    """
+    found = losses.find(loss)
+    if model.solved and found.name != "cross_entropy":
+        raise InputError(f"train.loss={found.name}: {model.name} is fitted without it: drop it")
+    losses.check(found, model.target)
+    return found
+
+
+def _prepare(
+    config: TrainConfig, model: Method, images: TrainingSet, accelerator: Accelerator
+) -> TrainConfig:
+    """The configuration with as many epochs as `min_steps` needs; refuses what can't be trained."""
+    if config.batch_size % accelerator.num_processes:
+        raise InputError(
+            f"train.batch_size={config.batch_size} cannot be split over "
+            f"{accelerator.num_processes} processes: give a multiple"
+        )
+    if config.folds:
+        images.check_parts(f"train.folds={config.folds}")
+    if model.cross_fitted:
+        images.check_parts("method.head=crossfit")
+    if not config.min_steps:
+        return config
+    epochs = max(config.epochs, math.ceil(config.min_steps / max(len(images.loader), 1)))
+    warmup = round(config.warmup_epochs * epochs / config.epochs)
+    return config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
+
+
+def _make(loss: type[Loss] | Loss, model: Method, images: TrainingSet) -> Loss:
+    """The loss for these training images."""
+    if isinstance(loss, Loss):
+        return loss
+    return loss(model.target, images.class_counts)
+
+
+def _frozen_columns(
+    model: Method,
+    images: TrainingSet,
+    config: TrainConfig,
+    engine: EngineConfig,
+    accelerator: Accelerator,
+    log: Log,
+) -> FrozenColumns | None:
+    """The columns that are computed once a view; None if there are none, or each batch's differ."""
+    if not images.own:
+        return None
+    few = images.loader.dataset.deterministic or config.views
+    if not (model.frozen_features or (few and model.overrides("frozen_columns"))):
+        return None
+    views, folder = config.views, engine.feature_cache
+    return FrozenColumns(model, images.loader, accelerator, views, folder, log)
+
+
+def _solve(model: Method, seen: Batch, accelerator: Accelerator, begin: float) -> Record:
+    model.solve(seen.inputs, seen.labels)
+    with torch.no_grad():
+        logits = model.logits(seen.inputs.to(accelerator.device)).cpu()
+    return _record(model, logits, seen.labels, begin)
+
+
+def _training_helps(
+    model: Method,
+    images: TrainingSet,
+    loss: type[Loss] | Loss,
+    config: TrainConfig,
+    engine: EngineConfig,
+    accelerator: Accelerator,
+    log: Log,
+) -> bool:
+    """`training_helps` with this configuration."""
+    once = config.model_copy(update={"folds": None})
+    plainly = engine.model_copy(update={"compile": False})  # a part is too short to pay for it
+    return training_helps(
+        model,
+        images,
+        config.folds,
+        _make(loss, model, images).log_weights is not None,
+        partial(_start, model, loss, config, accelerator),
+        partial(fit, model, loss=loss, config=once, engine=plainly),
+        partial(predict, model, precision=config.precision),
+        log,
+    )
+
+
+def _start(
+    model: Method,
+    loss: type[Loss] | Loss,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    loader: DataLoader,
+) -> None:
+    """Make `model` what it is before its first step on the images of `loader`."""
+    images = TrainingSet(loader, model.target, len(model.class_names))
+    batches = images.batches(images.plain)
+    features = partial(image_features, model, batches, accelerator)
+    model.before_epoch(Epoch(0, config.epochs, _make(loss, model, images), batches, features))
+
+
+def _batches(
+    model: Method, images: TrainingSet, plain: Batches, frozen: FrozenColumns | None
+) -> tuple[Batches, Batches]:
+    """The batches of steps and those of hooks, numbered where they have columns."""
+    if not (frozen or model.cross_fitted):
+        return images.batches(images.loader), plain
+    columns = {}
+    if model.cross_fitted:
+        # the last is of images that were not there to be split
+        splits = np.append(assign_folds(images, FOLDS), FOLDS)
+        columns["split"] = torch.from_numpy(splits)
+    count = len(images.places)
+    loader, ordered = images.numbered(
+        np.arange(count),
+        other=count,
+        unread=frozen is not None and model.frozen_features,
+        views=frozen and frozen.views,
+    )
+    return images.batches(loader, columns), images.batches(ordered, columns)
+
+
+def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW on the tunable parameters, with no weight decay on a head's bias."""
+    named = model.tunable_parameters()
+    groups = [
+        {"params": [p for n, p in named.items() if n != "head.bias"]},
+        {"params": [p for n, p in named.items() if n == "head.bias"], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(groups, config.lr, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def _record(model: Method, logits: Tensor, labels: Tensor, begin: float) -> Record:
+    """The only record of a method trained without gradient steps."""
+    accuracy = (model.target.num_correct(logits, labels) / len(labels)).item()
+    return {"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}
+
+
+def _resume(
+    checkpoint: Path | None, model: Method, optimizer: torch.optim.Optimizer
+) -> list[Record]:
+    """Load what `_write_checkpoint` wrote; the records of the epochs done."""
+    if checkpoint is None or not checkpoint.is_file():
+        return []
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{checkpoint}: cannot be continued from ({reason}): delete it to start again"
+        ) from None
+    return state["history"]
+
+
+def _write_checkpoint(
+    path: Path, model: Method, optimizer: torch.optim.Optimizer, history: list[Record]
+) -> None:
+    buffer = io.BytesIO()
+    state = {"model": model.training_tensors(), "optimizer": optimizer.state_dict()}
+    torch.save({**state, "history": history}, buffer)
+    write_atomically(path, buffer.getvalue())
