@@ -41,12 +41,11 @@ def share(model: nn.Module) -> nn.Module:
     No weight is copied, and nothing done to the copy (mode, gradients, hooks, heads) is seen by
     other users of `model`.
     """
-    memo: dict[int, object] = {}
-    for module in list(model.modules()):  # once: PEFT's attention then makes its weights anew
-        for parameter in module.parameters(recurse=False):
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-        memo |= {id(buffer): buffer for buffer in module.buffers(recurse=False)}
-        # a pruned weight is computed anew at each pass
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    for module in model.modules():  # a pruned weight is computed anew at each pass
         memo |= {id(v): v.detach() for v in vars(module).values() if isinstance(v, Tensor)}
     return copy.deepcopy(model, memo).eval()
 
