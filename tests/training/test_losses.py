@@ -54,7 +54,7 @@ def test_a_class_without_images_breaks_nothing(name):
 
 
 def fit(loss, method="random_prompts", labels=None):
-    """Share of the images that are taken for the rare class, which nothing tells from the other."""
+    """Proportion of images that are predicted as the rare class, which nothing tells apart."""
     torch.manual_seed(0)
     labels = (torch.arange(40) < 4).long() if labels is None else labels
     data = TensorDataset(images(40), labels)
