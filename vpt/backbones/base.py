@@ -83,7 +83,7 @@ class Backbone(nn.Module):
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
-        """Whether `model` belongs to this family."""
+        """True if `model` belongs to this family."""
         raise NotImplementedError
 
     def require_known(self) -> None:
@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def enter(self, index: int, tokens: Tensor, num_prompts: int) -> Tensor:
-        """What stands before block `index`: patch merging in hierarchical families.
+        """Tokens that enter block `index`: after patch merging in hierarchical families.
 
         The last `num_prompts` of tokens (B, N, width) are prompts there.
         """
@@ -259,7 +259,7 @@ class Backbone(nn.Module):
         return self.knows_rows and not self.exact_tokens
 
     def as_rows(self, index: int, prompts: Prompts) -> bool:
-        """Whether no output of the tokens that enter block `index` is ever used."""
+        """True if no output of the prompts that enter block `index` is ever used."""
         last = index == self.num_layers - 1
         unused = not prompts.read if last else index + 1 in prompts.layers and prompts.mix is None
         return self._fast and unused
@@ -339,7 +339,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> str:
@@ -387,5 +387,5 @@ class Backbone(nn.Module):
         return waves.to(next(self.model.parameters()))
 
     def identity(self) -> dict[str, Any]:
-        """What an artefact knows its backbone by: `fingerprint` and `answer`."""
+        """The `fingerprint` and `answer` that an artefact knows its backbone by."""
         return {"fingerprint": self.fingerprint(), "answer": self.answer()}

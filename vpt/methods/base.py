@@ -80,7 +80,7 @@ class Batch(NamedTuple):
             raise InputError(f"batch {number} of the loader: {error}") from None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on `device`."""
+        """The batch on `device`."""
         columns = {name: column.to(device) for name, column in self.columns.items()}
         return Batch(self.inputs.to(device), self.labels.to(device), columns, self.cached)
 
@@ -257,7 +257,7 @@ class Method(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def artifact_tensors(self) -> dict[str, Tensor]:
-        """What an artefact stores: the method's own state, and backbone weights that trained."""
+        """Tensors of an artefact: the method's own state, and backbone weights that trained."""
         tunable = self.tunable_parameters()
         return {
             name: tensor
