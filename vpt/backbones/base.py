@@ -191,9 +191,15 @@ class Backbone(nn.Module):
         """
         return self.project(self.pooled(images, prompts))
 
-    def pooled(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
-        """Features before the projection (B, …); the arguments are those of `forward`."""
-        return self.pool(self._run(images, prompts))
+    def pooled(
+        self, images: Tensor, prompts: Prompts | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Features before the projection (B, …); the first arguments are those of `forward`.
+
+        `index` (B,) is the image of each sample, where several samples are of the same; None:
+        there are as many images. Blocks before the first prompts then run once an image.
+        """
+        return self.pool(self._run(images, prompts, index=index))
 
     def tokens(
         self,
@@ -272,10 +278,12 @@ class Backbone(nn.Module):
         outputs: list[Tensor] | None = None,
         begin: int = 0,
         watch: Watch | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Tokens after the last block, without prompts, whose own outputs `outputs` takes.
 
-        `maps` takes the feature maps; `begin` and `watch` are as in `tokens`.
+        `maps` takes the feature maps; `begin` and `watch` are as in `tokens`, `index` as in
+        `pooled`.
         """
         channels = self.preprocess.channels
         if not begin and (images.ndim != 4 or images.shape[1] != channels):
@@ -285,29 +293,34 @@ class Backbone(nn.Module):
             )
         prompts = prompts or Prompts([], [])
         if prompts.mixed and not self._fast:
+            images = images if index is None else images[index]
             return self._one_by_one(images, prompts, maps, outputs)
         at_end = self._fast or self.appends_prompts
         at_end = at_end or prompts.gates is not None or prompts.mix is not None
         flow = Flow(self, prompts, prepend=prompts.position == "prepend" and not at_end)
+        first = prompts.layers[0] if prompts.layers else self.num_layers
         tokens = images if begin else self.embed(images)
-        for index in range(begin, self.num_layers):
-            tokens, seen = flow.enter(index, tokens)
+        for layer in range(begin, self.num_layers):
+            if layer == first and index is not None:
+                tokens = tokens[index]
+            tokens, seen = flow.enter(layer, tokens)
             queries = None
-            if self._fast and index == self.num_layers - 1 and not (flow.count and prompts.read):
+            if self._fast and layer == self.num_layers - 1 and not (flow.count and prompts.read):
                 count = tokens.shape[1] - flow.count
                 all_read = maps is not None or outputs is not None
                 queries = count if all_read else self.readout_tokens or count
                 flow.count = 0
-            tokens = self.remember(self.block, index, tokens, seen, queries)
+            tokens = self.remember(self.block, layer, tokens, seen, queries)
             if watch is not None:
-                watch(index, tokens[:, : self.num_prefix_tokens], flow.among(tokens))
-            tokens = flow.leave(index, tokens)
+                watch(layer, tokens[:, : self.num_prefix_tokens], flow.among(tokens))
+            tokens = flow.leave(layer, tokens)
             if maps is not None:
                 patches = flow.strip(tokens)[:, self.num_prefix_tokens :]
-                maps[index] = patches.mT.unflatten(2, self.grid(index, images))
+                maps[layer] = patches.mT.unflatten(2, self.grid(layer, images))
         if outputs is not None and prompts.read and flow.count:
             outputs.append(flow.among(tokens))
-        return flow.strip(tokens)
+        tokens = flow.strip(tokens)
+        return tokens if index is None or prompts.layers else tokens[index]
 
     def _one_by_one(
         self,
