@@ -1,7 +1,6 @@
 """Frozen image models as this package runs them: embed → blocks → pool, with prompts."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,21 +10,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from vpt.backbones._flow import Flow
+from vpt.backbones._identity import Identity
 from vpt.backbones._prompts import LayerPrompts, Position, Prompts, Rows
 from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
-__all__ = [
-    "Backbone",
-    "LayerPrompts",
-    "Position",
-    "Prompts",
-    "Rows",
-    "Tokens",
-    "share",
-]
-
+__all__ = ["Backbone", "LayerPrompts", "Position", "Prompts", "Rows", "Tokens", "share"]
 
 Watch = Callable[[int, Tensor, Tensor], None]
 
@@ -53,14 +44,13 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
-class Backbone(nn.Module):
+class Backbone(Identity):
     """Adapter of one family: a subclass sets the attributes and says how to embed and pool.
 
     Tokens are (B, N, width); the first `num_prefix_tokens` of them are not patches.
     """
 
     family: ClassVar[str]
-    model: nn.Module
     width: int
     num_layers: int
     num_prefix_tokens: int
@@ -78,8 +68,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = share(model)
         self.config: BackboneConfig | None = None  # how to load it again, where that is known
-        self._fingerprint: str | None = None
-        self._answers: dict[int, list[float]] = {}
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -158,10 +146,6 @@ class Backbone(nn.Module):
 
     def rows(self, index: int, prompts: Tensor) -> Rows:
         """Keys and values of prompts (P, width) or (B, P, width) in block `index`."""
-        raise NotImplementedError
-
-    def own_features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) by the model's own forward."""
         raise NotImplementedError
 
     def input_norm(self, prompts: Tensor) -> Tensor:
@@ -354,51 +338,3 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.model.parameters()).device
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all pretrained weights as float32, computed once."""
-        if self._fingerprint is not None:
-            return self._fingerprint
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy())
-        self._fingerprint = digest.hexdigest()
-        return self._fingerprint
-
-    @torch.no_grad()
-    def answer(self) -> list[float]:
-        """The first 16 features of a fixed image of `preprocess`'s size, computed once a size.
-
-        They tell apart what the same weights may belong to: another activation, another pooling.
-        """
-        size = self.preprocess.image_size
-        if size not in self._answers:
-            self._answers[size] = self(self._waves())[0, :16].tolist()
-        return self._answers[size]
-
-    @torch.no_grad()
-    def check_features(self) -> None:
-        """Compare features of a fixed image with the model's own.
-
-        Raises:
-            InputError: they differ, so something in the model does what its family does not.
-        """
-        waves = self._waves()
-        features, own = self(waves), self.own_features(waves)
-        if features.shape != own.shape or (features - own).norm() > 1e-3 * own.norm():
-            raise InputError(
-                f"{type(self.model).__name__} gives other features than a {self.family} of its "
-                "weights: something in it was changed (a forward, a hook): give the model without"
-            )
-        self._answers[self.preprocess.image_size] = features[0, :16].tolist()
-
-    def _waves(self) -> Tensor:
-        size = self.preprocess.image_size
-        channels = self.preprocess.channels
-        waves = torch.arange(float(channels * size * size)).sin().view(1, channels, size, size)
-        return waves.to(next(self.model.parameters()))
-
-    def identity(self) -> dict[str, Any]:
-        """The `fingerprint` and `answer` that an artefact knows its backbone by."""
-        return {"fingerprint": self.fingerprint(), "answer": self.answer()}
