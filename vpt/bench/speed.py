@@ -21,7 +21,7 @@ from vpt.data.loaders import make_loader
 from vpt.errors import InputError
 from vpt.training.fit import fit, make_optimizer
 
-NAMES = ("cat", "golden retriever", "bird of paradise")  # of one to three words
+NAMES = ("cat", "golden retriever", "bird of paradise")  # of one to three words, and a number
 TOLERANCE = 1e-4  # relative, float32 through twelve layers
 RUN_TOLERANCE = 1e-2  # the same after an epoch of steps, each of which starts from the last
 
@@ -163,7 +163,7 @@ def works(small: bool = False) -> list[Work]:
 
 
 def _coop(clip: open_clip.CLIP, classes: int, tokens: int) -> methods.Method:
-    names = [NAMES[i % len(NAMES)] for i in range(classes)]
+    names = [f"{NAMES[i % len(NAMES)]} {i}" for i in range(classes)]
     return methods.attach(clip, "coop", class_names=names, num_tokens=tokens)
 
 
