@@ -19,6 +19,7 @@ from vpt import methods
 
 FOLDER = Path(__file__).parent / "golden" / "artifacts"
 BACKBONES = {"vit": lambda: fixed(vit(embed_dim=16)), "clip": lambda: fixed(clip(embed_dim=64))}
+TEMPLATES = ["a photo of a {}.", "art of the {}."]
 VARIANTS = {  # whose tensors or metadata differ from the method's defaults
     "gated": ("vpt_deep", {"gated": True}),
     "crossfit": ("vpt_deep", {"head": "crossfit"}),
@@ -34,7 +35,9 @@ VARIANTS = {  # whose tensors or metadata differ from the method's defaults
     "front": ("coop", {"position": "front", "num_tokens": 3}),
     "middle": ("coop", {"position": "middle", "init": "a photo of a"}),
     "free_context": ("cocoop", {"init": None, "num_tokens": 3}),
-    "templates": ("zero_shot", {"templates": ["a photo of a {}.", "art of the {}."]}),
+    "templates": ("zero_shot", {"templates": TEMPLATES}),
+    "chosen": ("zero_shot", {"choose": "best", "templates": TEMPLATES}),
+    "weighted": ("zero_shot", {"choose": "weighted", "templates": TEMPLATES}),
     "multilabel": ("vpt_deep", {"multilabel": True}),
     "coop_multilabel": ("coop", {"multilabel": True}),
     "zero_shot_multilabel": ("zero_shot", {"multilabel": True}),

@@ -299,9 +299,8 @@ def none(path):
         (note, "note.png", ["note.png", "replace or remove"]),
         (none, "nowhere.png", ["nowhere.png"]),
         (empty, "album", ["album", "no images in this folder"]),
-        (lambda path: write_image(path / "ok.png") and note(path / "x.png"), "mix", ["mix/x.png"]),
     ],
-    ids=["text", "text_as_png", "missing", "empty_folder", "folder_with_one_bad"],
+    ids=["text", "text_as_png", "missing", "empty_folder"],
 )
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["plain", "json"])
 def test_predict(tmp_path, refused, artefact, make, name, culprits, options):
@@ -309,12 +308,6 @@ def test_predict(tmp_path, refused, artefact, make, name, culprits, options):
     line = refused("predict", *options, artefact, name)
     for culprit in culprits:
         assert culprit in line
-
-
-def test_predictions_of_the_good_files_are_not_half_given(tmp_path, refused, artefact):
-    write_image(tmp_path / "ok.png")
-    note(tmp_path / "bad.png")
-    assert "bad.png" in refused("predict", artefact, "ok.png", "bad.png")
 
 
 @pytest.mark.parametrize("command", ["predict", "eval"])

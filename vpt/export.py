@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 class Settings(Strict):
-    """What `vpt export` can be told."""
+    """Keys of `vpt export`."""
 
     backbone: BackboneConfig
 
@@ -47,9 +47,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Method:
 def export(model: Method, path: Path) -> tuple[list[Path], float]:
     """Write the folded `model` to `path`: prompts' keys and values, or class embeddings, constant.
 
-    The graph is the model's own forward: `images`, float32 (B, 3, H, W) with any B, normalised as
-    `model.backbone.preprocess` says, to `logits`, float32 (B, C). The file's metadata hold
-    `class_names` and `preprocess` as JSON, the backbone's `fingerprint` and this package's
+    The graph is the model's own forward: `images`, float32 (B, channels, H, W) with any B,
+    normalised as `model.backbone.preprocess` says, to `logits`, float32 (B, C). The file's metadata
+    hold `class_names` and `preprocess` as JSON, the backbone's `fingerprint` and this package's
     `version`; of an artefact's model also the fitted `decision` as JSON (see `Decision`), which the
     logits do not contain, and the `notice` of medical data.
 
@@ -65,8 +65,9 @@ def export(model: Method, path: Path) -> tuple[list[Path], float]:
     if path.suffix != ".onnx":
         raise InputError(f"{path}: an ONNX file's name ends in .onnx")
     path.parent.mkdir(parents=True, exist_ok=True)
-    folded, size = model.fold().cpu(), model.backbone.preprocess.image_size
-    batches = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0)).split(3)
+    folded, preprocess = model.fold().cpu(), model.backbone.preprocess
+    shape = (5, preprocess.channels, preprocess.image_size, preprocess.image_size)
+    batches = torch.randn(shape, generator=torch.Generator().manual_seed(0)).split(3)
     try:
         program = _trace(folded, batches[0])
     except Exception as error:  # exporters raise anything

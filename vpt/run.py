@@ -22,8 +22,8 @@ from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
 from vpt.data.survey import Survey, check_images
 from vpt.errors import InputError
-from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_figures
-from vpt.evaluation.evaluate import confusion, outputs, test_loader
+from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_metrics
+from vpt.evaluation.evaluate import confusion, predict, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
@@ -32,6 +32,7 @@ from vpt.progress import Log
 from vpt.resources import package_version
 from vpt.training import fit as training
 from vpt.training.epochs import Record
+from vpt.training.features import predict_cached
 from vpt.training.fit import find_loss
 
 NOTICE = "Not for clinical use."  # with every result of medical data
@@ -39,7 +40,7 @@ NOTICE = "Not for clinical use."  # with every result of medical data
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What `prepare` read and checked, and the model to train."""
+    """Result of `prepare`: what it read and checked, and the model to train."""
 
     config: RunConfig
     folder: RunFolder
@@ -64,8 +65,12 @@ class Prepared:
 
     def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and labels of `samples`."""
-        precision, workers = self.config.train.precision, self.config.data.workers
-        logits, labels = outputs(self.model, samples, precision, workers)
+        precision, folder = self.config.train.precision, self.config.engine.feature_cache
+        loader = test_loader(self.model, samples, self.config.data.workers)
+        if folder and self.model.frozen_features:
+            logits, labels = predict_cached(self.model, loader, precision, folder)
+        else:
+            logits, labels = predict(self.model, loader, precision)
         if not logits.isfinite().all():  # the very last step may be what breaks the prompt
             raise InputError(f"the logits of {self.folder.prompt} are not finite: lower train.lr")
         return logits, labels
@@ -204,7 +209,7 @@ def test(prepared: Prepared, log: Log = print) -> Tested:
         decision = fit_decision(config.decision, target, logits, labels, source.class_names, log)
     logits, labels = prepared.outputs(split.test)
     patients = split.test.patients
-    intervals = resampled_figures(target, logits, labels, source.class_names, patients, decision)
+    intervals = resampled_metrics(target, logits, labels, source.class_names, patients, decision)
     return Tested(logits, labels, target.metrics(logits, labels), intervals, decision)
 
 
@@ -302,7 +307,7 @@ def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | N
     if samples is None:
         raise InputError(
             f"decision: {source.name} has no calibration and no validation images: give "
-            "data.calibration=SHARE, or add a val part"
+            "data.calibration=PROPORTION, or add a val part"
         )
     labels = torch.from_numpy(samples.labels)
     check_decision(config.decision, samples.target, labels, source.class_names)

@@ -142,7 +142,28 @@ def test_a_run_keeps_its_features_where_it_is_told(tmp_path):
             "digits_coop", [*settings, f"data.seed={seed}", f"out={tmp_path}/{len(lines)}"]
         )
         run(config, log=lines.append)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    files = len(list((tmp_path / "cache").iterdir()))
+    assert files == 4  # training and test images of two seeds
+    said = [line for line in lines if "features: from" in line]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("method", ["coop", "tip_adapter"])
+def test_test_images_from_the_folder_give_the_same_metrics(tmp_path, method):
+    settings = ["data.shots=2", "train.epochs=1"]
+    plain, first, again = (
+        run(
+            load_run(
+                "digits_coop",
+                [*settings, f"method.name={method}", f"out={tmp_path}/{number}", *cache],
+            ),
+            log=lambda line: None,
+        )
+        for number, cache in enumerate([[], *[[f"engine.feature_cache={tmp_path / 'cache'}"]] * 2])
+    )
+    assert first["accuracy"] == again["accuracy"] == plain["accuracy"]
+    assert first["ece"] == pytest.approx(plain["ece"], abs=1e-6)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # shared by what leaves images alone
 
 
 def test_what_trains_the_image_tower_is_left_alone(tmp_path):

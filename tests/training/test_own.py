@@ -51,6 +51,9 @@ class Votes(Multiclass):
     def fits(self, labels):
         return labels.ndim == 2
 
+    def conform(self, labels, num_classes):
+        return torch.as_tensor(labels)
+
     def class_counts(self, labels, num_classes):
         return super().class_counts(labels.argmax(-1), num_classes)
 

@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+Watch = Callable[[int, Tensor, Tensor], None]
+
+
 class Tokens(NamedTuple):
     """Outputs of the last block after the final norm, each (B, N, width)."""
 
@@ -80,7 +83,7 @@ class Backbone(nn.Module):
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
-        """Whether `model` belongs to this family."""
+        """True if `model` belongs to this family."""
         raise NotImplementedError
 
     def require_known(self) -> None:
@@ -125,11 +128,11 @@ class Backbone(nn.Module):
             )
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, N, width) that enter block 0."""
+        """Images (B, channels, H, W) to the tokens (B, N, width) that enter block 0."""
         raise NotImplementedError
 
     def enter(self, index: int, tokens: Tensor, num_prompts: int) -> Tensor:
-        """What stands before block `index`: patch merging in hierarchical families.
+        """Tokens that enter block `index`: after patch merging in hierarchical families.
 
         The last `num_prompts` of tokens (B, N, width) are prompts there.
         """
@@ -180,6 +183,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Features (B, feature_dim) of images (B, 3, H, W), normalised as `preprocess` says.
 
+        A model of timm made with `in_chans=1` takes (B, 1, H, W).
+
         A prompt that the next block overwrites needs no output, so only its keys and values are
         computed: exact, and chosen where the blocks are known (`knows_rows`) unless `exact_tokens`
         is set. Samples of a mixed batch (see `Prompts.stack`) then run together, else one by one.
@@ -190,17 +195,38 @@ class Backbone(nn.Module):
         """Features before the projection (B, …); the arguments are those of `forward`."""
         return self.pool(self._run(images, prompts))
 
-    def tokens(self, images: Tensor, prompts: Prompts | None = None) -> Tokens:
+    def tokens(
+        self,
+        images: Tensor,
+        prompts: Prompts | None = None,
+        begin: int = 0,
+        watch: Watch | None = None,
+    ) -> Tokens:
         """Outputs of all tokens after the final norm; those of prompts where `prompts.read` is set.
 
         A mixed batch has as many prompts as its longest set; `prompts.sets[-1].mask` says whose
         are whose.
+
+        Args:
+            images: (B, 3, H, W), or from `until` the tokens that enter block `begin`.
+            prompts: of blocks from `begin` on.
+            begin: the first block to run.
+            watch: called after each block with its number, prefix tokens and prompts.
         """
         outputs: list[Tensor] = []
-        tokens = self.final_norm(self._run(images, prompts, outputs=outputs))
+        tokens = self.final_norm(
+            self._run(images, prompts, outputs=outputs, begin=begin, watch=watch)
+        )
         prefix = self.num_prefix_tokens
         read = self.final_norm(outputs[0]) if outputs else tokens[:, :0]
         return Tokens(tokens[:, :prefix], read, tokens[:, prefix:])
+
+    def until(self, images: Tensor, end: int) -> Tensor:
+        """Tokens (B, N, width) of images that enter block `end`, without prompts."""
+        tokens = self.embed(images)
+        for index in range(end):
+            tokens = self.block(index, self.enter(index, tokens, 0))
+        return tokens
 
     def feature_maps(
         self,
@@ -233,7 +259,7 @@ class Backbone(nn.Module):
         return self.knows_rows and not self.exact_tokens
 
     def as_rows(self, index: int, prompts: Prompts) -> bool:
-        """Whether no output of the tokens that enter block `index` is ever used."""
+        """True if no output of the prompts that enter block `index` is ever used."""
         last = index == self.num_layers - 1
         unused = not prompts.read if last else index + 1 in prompts.layers and prompts.mix is None
         return self._fast and unused
@@ -244,19 +270,27 @@ class Backbone(nn.Module):
         prompts: Prompts | None,
         maps: dict[int, Tensor] | None = None,
         outputs: list[Tensor] | None = None,
+        begin: int = 0,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Tokens after the last block, without prompts, whose own outputs `outputs` takes.
 
-        `maps` takes the feature maps.
+        `maps` takes the feature maps; `begin` and `watch` are as in `tokens`.
         """
+        channels = self.preprocess.channels
+        if not begin and (images.ndim != 4 or images.shape[1] != channels):
+            raise InputError(
+                f"images of shape {tuple(images.shape)}, but the backbone takes (B, {channels}, "
+                "height, width)"
+            )
         prompts = prompts or Prompts([], [])
         if prompts.mixed and not self._fast:
             return self._one_by_one(images, prompts, maps, outputs)
         at_end = self._fast or self.appends_prompts
         at_end = at_end or prompts.gates is not None or prompts.mix is not None
         flow = Flow(self, prompts, prepend=prompts.position == "prepend" and not at_end)
-        tokens = self.embed(images)
-        for index in range(self.num_layers):
+        tokens = images if begin else self.embed(images)
+        for index in range(begin, self.num_layers):
             tokens, seen = flow.enter(index, tokens)
             queries = None
             if self._fast and index == self.num_layers - 1 and not (flow.count and prompts.read):
@@ -265,6 +299,8 @@ class Backbone(nn.Module):
                 queries = count if all_read else self.readout_tokens or count
                 flow.count = 0
             tokens = self.remember(self.block, index, tokens, seen, queries)
+            if watch is not None:
+                watch(index, tokens[:, : self.num_prefix_tokens], flow.among(tokens))
             tokens = flow.leave(index, tokens)
             if maps is not None:
                 patches = flow.strip(tokens)[:, self.num_prefix_tokens :]
@@ -303,7 +339,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> str:
@@ -346,9 +382,10 @@ class Backbone(nn.Module):
 
     def _waves(self) -> Tensor:
         size = self.preprocess.image_size
-        waves = torch.arange(3.0 * size * size).sin().view(1, 3, size, size)
+        channels = self.preprocess.channels
+        waves = torch.arange(float(channels * size * size)).sin().view(1, channels, size, size)
         return waves.to(next(self.model.parameters()))
 
     def identity(self) -> dict[str, Any]:
-        """What an artefact knows its backbone by: `fingerprint` and `answer`."""
+        """The `fingerprint` and `answer` that an artefact knows its backbone by."""
         return {"fingerprint": self.fingerprint(), "answer": self.answer()}

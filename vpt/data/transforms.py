@@ -15,22 +15,29 @@ from vpt.errors import InputError
 if TYPE_CHECKING:
     import albumentations
 
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow makes grey of RGB
+
 
 class Preprocess(Strict):
-    """How an image becomes a backbone's input; the words are timm's."""
+    """Preprocessing of an image for a backbone; the words are timm's."""
 
     image_size: PositiveInt  # square
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
     crop_pct: float = Field(gt=0)
     crop_mode: Literal["center", "squash", "border"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float] | tuple[float, float, float]  # of grey, or of RGB
+    std: tuple[float] | tuple[float, float, float]
     # grey values that become 0 and 255, of images with more than 8 bits; None: the training images
     # had none, see `pixels.decode`
     grey_range: tuple[float, float] | None = None
 
+    @property
+    def channels(self) -> int:
+        """Of the backbone's images: 3, or 1 where it takes grey ones."""
+        return len(self.mean)
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; no grey range is no key."""
+        """Plain JSON values of the fields; no grey range is no key."""
         return self.model_dump(mode="json", exclude_none=True)
 
     @staticmethod
@@ -47,18 +54,24 @@ class Preprocess(Strict):
         """The preprocessing that a timm model was trained with.
 
         Raises:
-            InputError: the model takes no square RGB images.
+            InputError: the model takes no square images, grey or RGB.
         """
         from timm.data import resolve_model_data_config
 
         values = resolve_model_data_config(model)
-        channels, *size = values.pop("input_size")
+        _, *size = values.pop("input_size")  # of the weights, whatever `in_chans` the model has
+        convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+        first = next(convolutions, None)  # NaFlex has none
+        channels = first.in_channels if first else model.in_chans
         # A model made with another `img_size` than its weights' own still reports the latter.
         height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
-        if (channels, height) != (3, width):
+        if channels not in {1, 3} or height != width:
             raise InputError(
-                f"the backbone takes {channels}×{height}×{width} images: choose one for square RGB"
+                f"the backbone takes {channels}×{height}×{width} images: choose one for square "
+                "images, grey or RGB"
             )
+        if channels == 1:
+            values |= {name: (sum(values[name]) / len(values[name]),) for name in ("mean", "std")}
         return validate(
             Preprocess, {"image_size": height, **values}, where="the backbone's timm config"
         )
@@ -106,10 +119,12 @@ class Preprocess(Strict):
         return Compose([resize, _to_array])
 
     def normalize(self, batch: torch.Tensor) -> torch.Tensor:
-        """uint8 (…, H, W, 3) → float32 (…, 3, H, W), as the backbone expects it."""
+        """uint8 (…, H, W, 3) → float32 (…, channels, H, W), as the backbone expects it."""
         from torchvision.transforms.functional import normalize
 
         floats = batch.movedim(-1, -3).contiguous().float().div_(255)
+        if self.channels == 1:
+            floats = (floats * torch.tensor(LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
         return normalize(floats, self.mean, self.std, inplace=True)
 
 

@@ -112,7 +112,7 @@ class TextReadout(ClassEmbeddings):
             self.suffixes = tower.pack(tokens, max(count, len(ids)))
 
     def text_depth(self) -> int:
-        """How many blocks of the text tower get a context of their own; 0: the text is fixed."""
+        """Number of blocks of the text tower with a context of their own; 0: the text is fixed."""
         return 1
 
     def name_position(self) -> NamePosition:
@@ -161,6 +161,18 @@ class TextReadout(ClassEmbeddings):
 
 
 @torch.no_grad()
+def embed_templates(
+    backbone: Adapter,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+) -> Tensor:
+    """Text features (C, templates, dim) of each class in each template, not normalised."""
+    names = [name.replace("_", " ") for name in class_names]
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    return backbone.encode_texts(texts, tokenizer).unflatten(0, (len(names), -1))
+
+
 def embed_classes(
     backbone: Adapter,
     class_names: Sequence[str],
@@ -168,7 +180,5 @@ def embed_classes(
     tokenizer: Tokenizer | None = None,
 ) -> Tensor:
     """Class embeddings (C, dim): the mean over templates of normalised text features."""
-    names = [name.replace("_", " ") for name in class_names]
-    texts = [template.replace("{}", name) for name in names for template in templates]
-    features = backbone.encode_texts(texts, tokenizer).unflatten(0, (len(names), -1))
+    features = embed_templates(backbone, class_names, templates, tokenizer)
     return F.normalize(features, dim=-1).mean(1)

@@ -80,7 +80,7 @@ class Batch(NamedTuple):
             raise InputError(f"batch {number} of the loader: {error}") from None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on `device`."""
+        """The batch on `device`."""
         columns = {name: column.to(device) for name, column in self.columns.items()}
         return Batch(self.inputs.to(device), self.labels.to(device), columns, self.cached)
 
@@ -130,8 +130,8 @@ class Method(nn.Module):
         options: checked options.
         class_names: in label order.
         target: the kind of its labels.
-        solved: True where the method is fitted to features at once, without gradient steps; it then
-            has `solve(features, labels)`.
+        solved: True where the method is fitted to features at once, by `solve(features, labels)`,
+            and not by the steps of `fit`.
         frozen_features: True where nothing that trains changes an image's features, so that
             they need be computed only once.
         cross_fitted: True where `step` needs the column `split`.
@@ -257,13 +257,20 @@ class Method(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def artifact_tensors(self) -> dict[str, Tensor]:
-        """What an artefact stores: the method's own state, and backbone weights that trained."""
+        """Tensors of an artefact: the method's own state, and backbone weights that trained."""
         tunable = self.tunable_parameters()
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
             if name in tunable or not name.startswith("backbone.")
         }
+
+    def training_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint of unfinished training stores of the method."""
+        return self.artifact_tensors()
+
+    def make_room(self, tensors: dict[str, Tensor]) -> None:
+        """Size what has the size of the training set; called before `tensors` are loaded."""
 
     def fold(self) -> "Method":
         """The inference form: a frozen view with all that no image changes computed once."""

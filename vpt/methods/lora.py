@@ -37,7 +37,7 @@ class LoRA(LinearReadout):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Add LoRA's weights to the backbone's linear layers.
 
         Raises:
             InputError: PEFT is not installed; a backbone without any of the targets.
@@ -68,13 +68,14 @@ class LoRA(LinearReadout):
     @torch.no_grad()
     def _called(self) -> list[str]:
         """The linear layers that a forward of the image tower calls, by name."""
-        tower, side = self.backbone.image_tower, self.backbone.preprocess.image_size
+        tower, preprocess = self.backbone.image_tower, self.backbone.preprocess
+        side = preprocess.image_size
         linear = {m: name for name, m in tower.named_modules() if isinstance(m, nn.Linear)}
         called: set[str] = set()
         hooks = [
             m.register_forward_hook(lambda module, *_: called.add(linear[module])) for m in linear
         ]
-        self.backbone(torch.zeros(1, 3, side, side, device=self.backbone.device))
+        self.backbone(torch.zeros(1, preprocess.channels, side, side, device=self.backbone.device))
         for hook in hooks:
             hook.remove()
         return [name for name in linear.values() if name in called]

@@ -31,7 +31,7 @@ class PartialK(Weights, LinearReadout):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Copy the last k blocks, which train.
 
         Raises:
             InputError: there are fewer than k blocks.
@@ -43,10 +43,10 @@ class PartialK(Weights, LinearReadout):
     def trained(self) -> Iterable[nn.Parameter]:
         """The weights that a backward pass from the features to the last k blocks meets."""
         backbone, first = self.backbone, self.backbone.num_layers - self.options.k
-        side = backbone.preprocess.image_size
+        side, channels = backbone.preprocess.image_size, backbone.preprocess.channels
         parameters = list(backbone.image_tower.parameters())
         with torch.no_grad():
-            tokens = backbone.embed(torch.zeros(1, 3, side, side, device=backbone.device))
+            tokens = backbone.embed(torch.zeros(1, channels, side, side, device=backbone.device))
             for index in range(first):
                 tokens = backbone.block(index, backbone.enter(index, tokens, 0))
         backbone.image_tower.requires_grad_(True)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.errors import InputError
-from vpt.methods import zero_shot
+from vpt.methods._templates import TemplateOptions
 from vpt.methods._text import embed_classes
 from vpt.methods.base import Epoch, Head, Method
 from vpt.methods.linear_probe import solve_head
 
 
-class Options(zero_shot.Options):
+class Options(TemplateOptions):
     """Options of pixel prompts; `templates` count where there is a text tower."""
 
     shape: Literal["border", "patch"] = "border"  # patch: at the top left
@@ -27,8 +27,8 @@ class PixelPrompts(Method):
     """Trains pixels only. The classifier is zero-shot CLIP's, else a linear probe solved by `fit`.
 
     Attributes:
-        prompts: (3, pixels), added to normalised images, so in units of the preprocessing's std;
-            they start at 0, the image as it is (hjbahng/visual_prompting: at N(0, 1)).
+        prompts: (channels, pixels), added to normalised images, so in units of the preprocessing's
+            std; they start at 0, the image as it is (hjbahng/visual_prompting: at N(0, 1)).
         head: Linear(feature_dim → C), frozen; None where class embeddings take its place.
     """
 
@@ -43,7 +43,7 @@ class PixelPrompts(Method):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Make the pixels, zero.
 
         Raises:
             InputError: a border or patch that is larger than the image.
@@ -61,7 +61,7 @@ class PixelPrompts(Method):
         else:
             where[:size, :size] = True
         self.register_buffer("where", where.flatten().nonzero()[:, 0], persistent=False)
-        self.prompts = nn.Parameter(torch.zeros(3, len(self.where)))
+        self.prompts = nn.Parameter(torch.zeros(backbone.preprocess.channels, len(self.where)))
         self.register_buffer("folded", None, persistent=False)  # in the inference form
         if hasattr(backbone, "encode_texts"):
             embeddings = embed_classes(backbone, class_names, options.templates, tokenizer)
@@ -82,9 +82,9 @@ class PixelPrompts(Method):
         return images + (self.image() if self.folded is None else self.folded)
 
     def image(self) -> Tensor:
-        """The prompt as an image (3, H, W), 0 where it has no pixels."""
+        """The prompt as an image (channels, H, W), 0 where it has no pixels."""
         side = self.backbone.preprocess.image_size
-        blank = self.prompts.new_zeros(3, side * side)
+        blank = self.prompts.new_zeros(len(self.prompts), side * side)
         return blank.index_copy(1, self.where, self.prompts).unflatten(1, (side, side))
 
     def text_features(self, features: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What never changes for an image, computed once: features, and a method's frozen columns."""
+"""Features and a method's frozen columns, which never change for an image: computed once."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vpt.accelerator import Precision, make_accelerator
 from vpt.artifact import digest
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import EVAL_BATCH
@@ -113,9 +114,9 @@ class FrozenColumns:
     def _key(self, view: int) -> str:
         """Names all that the columns come from; another of any of it is another file."""
         model, images = self.model, self.train.dataset
-        tunable = model.tunable_parameters()
-        frozen = {n: t.cpu() for n, t in model.artifact_tensors().items() if n not in tunable}
         own = model.overrides("image_prompts", "pixels", "read", "features", "frozen_columns")
+        tensors, tunable = model.artifact_tensors() if own else {}, model.tunable_parameters()
+        frozen = {name: t.cpu() for name, t in tensors.items() if name not in tunable}
         text = json.dumps(
             {
                 "version": package_version(),
@@ -130,6 +131,25 @@ class FrozenColumns:
             sort_keys=True,
         )
         return digest(frozen, text)
+
+
+@torch.no_grad()
+def predict_cached(
+    model: Method, loader: DataLoader, precision: Precision, folder: Path
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels of a loader's images, of which `folder` keeps the features.
+
+    For a method with `frozen_features`, and a loader without augmentation.
+    """
+    accelerator = make_accelerator(precision)
+    frozen = FrozenColumns(model, loader, accelerator, None, folder, log=lambda line: None)
+    frozen.show(0)
+    model.to(accelerator.device).eval()
+    parts = []
+    for features in frozen.columns[INPUTS].split(EVAL_BATCH):
+        with accelerator.autocast():
+            parts.append(model.logits(features.to(accelerator.device)).float().cpu())
+    return torch.cat(parts), frozen.labels
 
 
 def current_features(
