@@ -67,10 +67,15 @@ class Samples:
     def content_hash(self) -> str:
         """SHA-256 of the images' own bytes, in their order, and of the windows."""
         hashed = hashlib.sha256(",".join(self.windows or ()).encode())
-        for image in self.images:
-            data = image.read_bytes() if isinstance(image, Path) else image.tobytes()
-            hashed.update(hashlib.sha256(data).digest())
+        hashed.update(b"".join(self.hashes()))
         return hashed.hexdigest()
+
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each image's own bytes."""
+        return [
+            hashlib.sha256(i.read_bytes() if isinstance(i, Path) else i.tobytes()).digest()
+            for i in self.images
+        ]
 
     def join(self, other: "Samples") -> "Samples":
         """These samples, then those of `other`, a part of the same data."""
