@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from vpt.config import TrainConfig, recipe
     from vpt.errors import InputError
     from vpt.evaluation.evaluate import evaluate
+    from vpt.imports import import_checkpoint
     from vpt.methods import attach
+    from vpt.serve.bank import PromptBank
     from vpt.training.fit import fit
 
 __all__ = [
     "InputError",
+    "PromptBank",
     "TrainConfig",
     "attach",
     "backbones",
     "evaluate",
     "fit",
+    "import_checkpoint",
     "load",
     "recipe",
     "save",
@@ -29,10 +33,12 @@ __all__ = [
 
 _HOMES = {
     "InputError": "vpt.errors",
+    "PromptBank": "vpt.serve.bank",
     "TrainConfig": "vpt.config",
     "attach": "vpt.methods",
     "evaluate": "vpt.evaluation.evaluate",
     "fit": "vpt.training.fit",
+    "import_checkpoint": "vpt.imports",
     "load": "vpt.artifact",
     "recipe": "vpt.config",
     "save": "vpt.artifact",

@@ -49,7 +49,7 @@ class Samples:
         return len(self.labels)
 
     def class_counts(self, num_classes: int) -> np.ndarray:
-        """How many images each class has, (num_classes,)."""
+        """Number of images of each class, (num_classes,)."""
         return self.target.class_counts(self.labels, num_classes)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Samples":
@@ -169,7 +169,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
 def read_pixels(
     path: Path, least: int | None, windows: tuple[Window, ...] | None, grey: Range | None
 ) -> tuple[Image.Image, Range | None]:
-    """As `read_image`; and of grey with more than 8 bits (else None) its lowest and highest value.
+    """The image as `read_image` has it; and, of grey of more than 8 bits, its range, else None.
 
     Raises:
         Exception: anything, for decoders raise anything; see `reason`.

@@ -98,6 +98,10 @@ class Multilabel(Target):
         labels = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
 
+    def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Divergence of C sigmoids, a scalar."""
+        return self.loss(logits, teacher.sigmoid()) - self.loss(teacher, teacher.sigmoid())
+
     def num_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Sum over images of the proportion of right classes."""
         return ((logits > 0) == labels.bool()).float().mean(1).sum()

@@ -1,4 +1,4 @@
-"""What never changes for an image, computed once: features, and a method's frozen columns."""
+"""Features and a method's frozen columns, which never change for an image: computed once."""
 
 import json
 from collections.abc import Sequence
