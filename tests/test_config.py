@@ -221,6 +221,7 @@ CHANGES = {
     "train.lr": "0.5",
     "train.weight_decay": "0.5",
     "train.momentum": "0.5",
+    "train.eps": "0.5",
     "train.schedule": "constant",
     "train.warmup_epochs": "2",
     "train.warmup_lr": "0.5",

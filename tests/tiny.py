@@ -51,7 +51,7 @@ def perturb(model):
 
 
 def fixed(model):
-    """The same weights on every machine and with every version: integers drawn by name."""
+    """Give `model` weights that no machine or version changes: integers drawn by name."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = np.random.RandomState(zlib.crc32(name.encode())).randint(

@@ -33,7 +33,7 @@ def _version(wanted: bool) -> None:
 
 
 class Engine(StrEnum):
-    """What does the runs of a suite."""
+    """Executor of a suite's runs."""
 
     local = "local"
     ray = "ray"
@@ -69,7 +69,7 @@ def train(
     from vpt.config import load_run
     from vpt.run import run
 
-    _print_figures(run(load_run(config, overrides or []), resume=resume, log=_say))
+    _print_metrics(run(load_run(config, overrides or []), resume=resume, log=_say))
 
 
 @app.command(name="eval")
@@ -83,7 +83,7 @@ def evaluate(
     """Test an artefact on the held-out images of its data, or on other labelled images."""
     from vpt.inference import evaluate
 
-    _print_figures(evaluate(artefact, overrides or [], every=every, log=_say))
+    _print_metrics(evaluate(artefact, overrides or [], every=every, log=_say))
 
 
 @app.command()
@@ -116,7 +116,7 @@ def bench(
     ] = Engine.local,
     resume: Annotated[bool, typer.Option(help="Do what is not finished in the folder.")] = False,
     cpus_per_run: Annotated[int, typer.Option(min=1, help="Cores for a run without a GPU.")] = 1,
-    gpus_per_run: Annotated[float, typer.Option(min=0.01, max=1, help="Share of a GPU.")] = 1,
+    gpus_per_run: Annotated[float, typer.Option(min=0.01, max=1, help="Fraction of a GPU.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="speed: interleaved repetitions.")] = 5,
     small: Annotated[bool, typer.Option(help="speed: tiny towers, to try it.")] = False,
     run: Annotated[bool, typer.Option(help="speed: also a whole CoOp run, minutes.")] = False,
@@ -152,7 +152,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Holds run folders, at any depth.")],
     out: Annotated[Path | None, typer.Option(help="Instead of FOLDER/report.")] = None,
 ) -> None:
-    """Compare runs: mean ± std over seeds, figures, one HTML page, CSV and LaTeX."""
+    """Compare runs: mean ± std over seeds, plots, one HTML page, CSV and LaTeX."""
     from vpt.report import report
 
     print(report(folder, out or folder / "report", log=_say))
@@ -165,14 +165,14 @@ def explain(
         list[Path] | None,
         typer.Argument(help="Images or folders; without, the words of a context."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("explained"),
+    out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("explained"),
     checkpoint: Annotated[
         str | None, typer.Option(help="The backbone's weights, where they have moved.")
     ] = None,
 ) -> None:
-    """Show where in an image an answer comes from, or which words a context is near to.
+    """Show which patches a prediction rests on, or which words a context is near to.
 
-    Each image gets a figure: red patches speak for the class, blue ones
+    Each image gets a plot: red patches speak for the class, blue ones
     against it. Its deletion area is the mean probability while patches are
     blurred, most salient first; a map that tells something is below random.
     """
@@ -288,16 +288,16 @@ def _columns(prediction: dict[str, Any]) -> list[str]:
     return columns + ["refer"] * prediction.get("refer", False)
 
 
-def _print_figures(figures: dict[str, Any]) -> None:
+def _print_metrics(metrics: dict[str, Any]) -> None:
     if _first_process():
-        for name, value in figures.items():
-            _print_figure(name, value)
+        for name, value in metrics.items():
+            _print_metric(name, value)
 
 
-def _print_figure(name: str, value: Any) -> None:
+def _print_metric(name: str, value: Any) -> None:
     if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
         for key, part in value.items():
-            _print_figure(f"{name}.{key}", part)
+            _print_metric(f"{name}.{key}", part)
     elif value != {}:
         print(f"{name:20} {_text(value)}")
 

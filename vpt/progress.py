@@ -1,4 +1,4 @@
-"""What a user sees of work under way: lines, and a rich progress bar over epochs."""
+"""Progress for the terminal: lines, and a rich bar over epochs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -17,12 +17,12 @@ class EpochBar:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not show,
         )
-        self._task = self._bar.add_task("", total=epochs, figures="")
+        self._task = self._bar.add_task("", total=epochs, metrics="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -32,8 +32,8 @@ class EpochBar:
         self._bar.stop()
 
     def update(self, history: Sequence[dict[str, Any]]) -> None:
-        """Show the epochs done and their last figures."""
-        figures = ""
+        """Show the epochs done and their last metrics."""
+        metrics = ""
         if history:
-            figures = f"loss {history[-1]['loss']:.3f}  accuracy {history[-1]['accuracy']:.1%}"
-        self._bar.update(self._task, completed=len(history), figures=figures)
+            metrics = f"loss {history[-1]['loss']:.3f}  accuracy {history[-1]['accuracy']:.1%}"
+        self._bar.update(self._task, completed=len(history), metrics=metrics)

@@ -27,7 +27,7 @@ class Config(dict):
 
 
 class Bomb:
-    """What runs code where a pickle is executed."""
+    """An object that runs code where a pickle is executed."""
 
     def __init__(self, path):
         self.path = path

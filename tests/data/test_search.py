@@ -1,4 +1,4 @@
-"""What counts as an image below a folder, and what is left out by which name."""
+"""Images below a folder: which files count, and what is left out by which name."""
 
 import os
 import unicodedata

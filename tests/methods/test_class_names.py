@@ -40,7 +40,7 @@ def test_on_a_clip_they_are_taken_or_refused(method, multilabel, tmp_path):
     logits = again(images())
     assert torch.equal(logits, expected.eval()(images()))
     torch.testing.assert_close(again.fold()(images()), logits)
-    # what a class is answered does not depend on the others
+    # a class's logit does not depend on the others
     torch.testing.assert_close(logits[:, 1], model.eval()(images())[:, 0])
     again = vpt.load(vpt.save(again, tmp_path / "again.safetensors"), backbone)
     assert torch.equal(again(images()), logits)

@@ -1,4 +1,4 @@
-"""What every method promises, on every kind of backbone that it fits; then method by method."""
+"""Promises of every method, on every kind of backbone that it fits; then method by method."""
 
 import copy
 

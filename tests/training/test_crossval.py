@@ -80,7 +80,7 @@ def test_a_rare_class_does_not_stop_the_others():
     model = vpt.attach(tiny.vit(), num_classes=3)
     data, lines = samples([0] * 12 + [1] * 11 + [2]), []
     vpt.fit(model, loader(model, data), config={"epochs": 1, "folds": 3}, log=lines.append)
-    assert "of 23 held-out" in lines[-1]  # without the one that no fold can learn
+    assert "of 23 held-out" in lines[-1]  # without the one that no split can learn
 
 
 def test_balanced_classes_count_alike():
@@ -93,7 +93,7 @@ def test_balanced_classes_count_alike():
     assert helps == [True, False]
 
 
-def test_the_loss_is_of_all_images_after_the_folds(monkeypatch):
+def test_the_loss_is_of_all_images_after_the_splits(monkeypatch):
     monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
     model = vpt.attach(tiny.vit(), num_classes=2)
     used, real = [], model.step
@@ -139,7 +139,7 @@ def test_a_resumed_fit_is_not_judged_again(tmp_path, monkeypatch):
     assert fit("stopped") == (False, expected)
 
 
-def test_the_run_compiles_after_folds_that_do_not(monkeypatch):
+def test_the_run_compiles_after_splits_that_do_not(monkeypatch):
     monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
     compiled, make = [], train.make_accelerator
 
@@ -151,7 +151,7 @@ def test_the_run_compiles_after_folds_that_do_not(monkeypatch):
     model = vpt.attach(tiny.vit(), num_classes=2)
     config, engine = {"epochs": 1, "folds": 2}, EngineConfig(compile=True)
     vpt.fit(model, loader(model, samples([0, 1] * 4)), config=config, engine=engine)
-    assert compiled == [True, False, False, True]  # before, in each fold, and after
+    assert compiled == [True, False, False, True]  # before, in each split, and after
 
 
 def test_the_default_recipe_falls_back_to_the_linear_probe():
@@ -178,8 +178,8 @@ def test_multilabel():
     assert "of 12 held-out" in " ".join(lines)
 
 
-def answers(first, trained, labels):
-    """As `judge`, of these answers to images with these labels: before training, and after."""
+def helps(first, trained, labels):
+    """`judge` of these logits of images with these labels: before training, and after."""
     model = vpt.attach(tiny.vit(), num_classes=first.shape[1], multilabel=labels.ndim == 2)
     data = samples(labels)
     logits = {
@@ -203,23 +203,23 @@ def test_surer_is_not_better():
     first = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     first += 1.0 * F.one_hot(labels)
     better = first + 0.5 * F.one_hot(labels)
-    assert not answers(first, 4 * first, labels.numpy())
-    assert not answers(4 * better, first, labels.numpy())
-    assert answers(first, 4 * better, labels.numpy())
+    assert not helps(first, 4 * first, labels.numpy())
+    assert not helps(4 * better, first, labels.numpy())
+    assert helps(first, 4 * better, labels.numpy())
 
 
-def test_a_class_that_no_fold_learned_does_not_make_surer_better():
+def test_a_class_that_no_split_learned_does_not_make_surer_better():
     labels = torch.cat([torch.arange(60) % 3, torch.tensor([3])])
     first = torch.randn(61, 4, generator=torch.Generator().manual_seed(0))
     first += 1.0 * F.one_hot(labels)
     surer = 4 * first
     first[:, 3] = surer[:, 3] = -1e4
-    assert not answers(first, surer, labels.numpy())
+    assert not helps(first, surer, labels.numpy())
     marks = F.one_hot(labels)[:, [0, 3]]  # multilabel, with one image of the second class
-    assert not answers(first[:, [0, 3]] - 0.5, surer[:, [0, 3]] - 2, marks.numpy())
+    assert not helps(first[:, [0, 3]] - 0.5, surer[:, [0, 3]] - 2, marks.numpy())
 
 
-def test_a_fold_with_nothing_to_judge_is_left_out(monkeypatch):
+def test_a_split_with_nothing_to_judge_is_left_out(monkeypatch):
     parts = [(np.arange(8), np.arange(8, 10)), (np.arange(2, 10), np.arange(2))]
     monkeypatch.setattr(Multiclass, "splits", lambda *_: parts)
     model, seen = vpt.attach(tiny.vit(), num_classes=3), []
@@ -232,7 +232,7 @@ def test_all_right_is_not_worse_than_a_few_wrong():
     unsure = 0.2 * F.one_hot(labels)
     wrong = 8.0 * F.one_hot(labels)
     wrong[:2] = -wrong[:2]
-    assert not answers(unsure, wrong, labels.numpy())
+    assert not helps(unsure, wrong, labels.numpy())
 
 
 @pytest.mark.parametrize(("enough", "count"), [(10, 1), (11, 2), (30, 3)])

@@ -97,12 +97,12 @@ def test_linear_probe_is_a_regression_a_class():
     assert (model.logits(features)[:, 1] > 10).all()
 
 
-def test_figures_are_scikit_learns_means():
+def test_metrics_are_scikit_learns_means():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(80, 4, generator=generator) < 0.3).float()
     labels[:, 3] = 0  # never: it has no area
     logits = 2 * torch.randn(80, 4, generator=generator) + labels
-    figures = Multilabel().metrics(logits, labels)
+    metrics = Multilabel().metrics(logits, labels)
     truth, scores, said = labels[:, :3].numpy(), logits[:, :3].numpy(), logits[:, :3].numpy() > 0
     expected = {
         "accuracy": ((logits > 0) == labels).float().mean().item(),
@@ -113,8 +113,8 @@ def test_figures_are_scikit_learns_means():
             [balanced_accuracy_score(t, s) for t, s in zip(truth.T, said.T, strict=True)]
         ),
     }
-    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert 0 < figures["ece"] < 1 and figures["num_test"] == 80
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert 0 < metrics["ece"] < 1 and metrics["num_test"] == 80
 
 
 def test_scores_near_one_are_no_ties():

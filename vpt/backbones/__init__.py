@@ -173,7 +173,7 @@ def _open_clip(name: str, checkpoint: str | None) -> nn.Module:
 
 
 def _text_tower(folder: Path) -> dict[str, Any]:
-    """What makes open_clip build a text tower of Hugging Face from `folder`, not from the hub."""
+    """open_clip's text settings that read a Hugging Face tower from `folder`, not from the hub."""
     path = folder / "open_clip_config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no open_clip_config.json: give a folder with a model's files")

@@ -49,7 +49,7 @@ class Adapter(Backbone):
 
     @staticmethod
     def is_known(block: nn.Module) -> bool:
-        """Whether `block` below spells this block's forward."""
+        """True if `block` below computes this block's forward."""
         attn = getattr(block, "attn", None)
         known = is_exactly(block, Block) and is_exactly(attn, Attention)
         # an attention that gates its output is another forward
@@ -79,7 +79,7 @@ class Adapter(Backbone):
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
     def qkv(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
-        """Those `parts` of (query, key, value) of normed tokens x (B, N, width)."""
+        """The `parts` of (query, key, value) of normed tokens x (B, N, width)."""
         qkv = block.attn.qkv
         return project(x, qkv.weight, qkv.bias, block.attn.num_heads, parts)
 

@@ -64,7 +64,7 @@ def read_frame(path: Path, windows: tuple[Window, ...] | None = None) -> np.ndar
 
 
 def patient(path: Path) -> str:
-    """What tells the patient of a DICOM file from others: for memory only, never to be shown.
+    """Identifier of a DICOM file's patient: for memory only, never to be shown.
 
     The patient's ID, else the study's, else (also where the file can't be read) the path.
 

@@ -41,11 +41,11 @@ class ImageDataset(Dataset):
 
     @property
     def deterministic(self) -> bool:
-        """Whether an image is the same in every epoch."""
+        """True if an image is the same in every epoch."""
         return self.augment is None
 
     def plain(self) -> "ImageDataset":
-        """The same images without augmentation."""
+        """Data set of the images without augmentation."""
         return self if self.deterministic else ImageDataset(self.samples, self.preprocess)
 
     def __len__(self) -> int:

@@ -80,7 +80,7 @@ class Batch(NamedTuple):
             raise InputError(f"batch {number} of the loader: {error}") from None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on `device`."""
+        """The batch on `device`."""
         columns = {name: column.to(device) for name, column in self.columns.items()}
         return Batch(self.inputs.to(device), self.labels.to(device), columns, self.cached)
 
@@ -177,12 +177,15 @@ class Method(nn.Module):
         return images
 
     def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
-        """Features (B, feature_dim) that the read-out half reads: the tower's own.
+        """Features (B, feature_dim) that the read-out half reads: of what the tower pools.
 
-        Others read outputs of prompts (`Backbone.tokens`) or features before the projection
-        (`Backbone.pooled`).
+        Others read outputs of prompts (`Backbone.tokens`).
         """
-        return self.backbone(images, prompts)
+        return self.project(self.backbone.pooled(images, prompts))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Features (B, feature_dim) of the tower's pooled outputs (B, …): by its own projection."""
+        return self.backbone.project(pooled)
 
     @property
     def feature_dim(self) -> int:
@@ -257,7 +260,7 @@ class Method(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def artifact_tensors(self) -> dict[str, Tensor]:
-        """What an artefact stores: the method's own state, and backbone weights that trained."""
+        """Tensors of an artefact: the method's own state, and backbone weights that trained."""
         tunable = self.tunable_parameters()
         return {
             name: tensor

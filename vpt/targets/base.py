@@ -92,9 +92,9 @@ class Target:
     def comparable(
         self, labels: np.ndarray, seen: np.ndarray, held: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of `held` to judge a training on `seen` by, and classes to leave out of it.
+        """Positions of `held` that test a training on `seen`, and classes to leave out of it.
 
-        A logit that nothing in `seen` could teach, of endless loss, is nothing to judge by.
+        A class that is absent in `seen` has an infinite loss, so it is left out.
         """
         raise NotImplementedError
 
@@ -209,7 +209,7 @@ class Target:
         return similarities
 
     def text_truth(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Which of `texts` are true of each image, bool (N, texts)."""
+        """Bool (N, texts): the `texts` that are true of each image."""
         return self.truth(labels, num_classes)
 
 

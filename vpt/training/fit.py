@@ -24,9 +24,9 @@ from vpt.files import write_atomically
 from vpt.losses import Loss
 from vpt.methods import Method
 from vpt.methods.base import Batch, Epoch
-from vpt.methods.linear_probe import FOLDS
+from vpt.methods.linear_probe import SPLITS
 from vpt.progress import EpochBar, Log
-from vpt.training.crossval import assign_folds, training_helps
+from vpt.training.crossval import assign_splits, training_helps
 from vpt.training.epochs import Record, epochs
 from vpt.training.features import FrozenColumns, current_features, image_features
 from vpt.training.training_set import Batches, TrainingSet
@@ -233,7 +233,7 @@ def _batches(
     columns = {}
     if model.cross_fitted:
         # the last is of images that were not there to be split
-        splits = np.append(assign_folds(images, FOLDS), FOLDS)
+        splits = np.append(assign_splits(images, SPLITS), SPLITS)
         columns["split"] = torch.from_numpy(splits)
     count = len(images.places)
     loader, ordered = images.numbered(

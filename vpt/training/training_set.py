@@ -66,7 +66,7 @@ class TrainingSet:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """Where each image (N,) is in the data set: a sampler may leave some out."""
+        """Index (N,) of each image in the data set: a sampler may leave some out."""
         drawn = range(len(self.loader.dataset)) if self.own else map(int, self.loader.sampler)
         (places,) = broadcast_object_list([np.unique(list(drawn))])  # alike in all processes
         return places
@@ -182,11 +182,11 @@ class Batches:
                 yield Batch(cached, batch.labels, columns, cached=True)
 
     def with_columns(self, columns: dict[str, Tensor]) -> "Batches":
-        """The same with these columns too, or instead."""
+        """Copy with these columns too, or instead."""
         return Batches(self.loader, {**self.columns, **columns}, self.conform)
 
     def prepared(self, accelerator: Accelerator) -> "Batches":
-        """The same on the accelerator's device, split over its processes."""
+        """Copy on the accelerator's device, split over its processes."""
         columns = {name: c.to(accelerator.device) for name, c in self.columns.items()}
         return Batches(accelerator.prepare(self.loader), columns, self.conform)
 

@@ -1,0 +1,1 @@
+"""Many tasks from one backbone in memory."""
