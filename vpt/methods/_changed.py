@@ -9,11 +9,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vpt.backbones._known import is_exactly
+from vpt.backbones.base import share
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
 from vpt.errors import InputError
 from vpt.methods._templates import TemplateOptions
 from vpt.methods._text import ClassEmbeddings
+from vpt.methods.base import require_clip
 
 CHUNK = 256  # texts whose activations are kept at once; more of them run again in backward
 PARTS = {"qkv": 3, "proj": 1, "fc1": 1, "fc2": 1, "c_fc": 1, "c_proj": 1}  # of linear layers
@@ -108,8 +110,10 @@ class ChangedTowers(ClassEmbeddings):
         Raises:
             InputError: a tower without known attention.
         """
-        super().__init__(backbone, class_names, options, tokenizer)
+        require_clip(backbone, self.name)
         backbone.identity()  # of the pretrained weights, so before they change
+        backbone = share(backbone)  # a bank's methods have one between them
+        super().__init__(backbone, class_names, options, tokenizer)
         backbone.exact_tokens = True  # spelled-out blocks read weights past the changes
         names = [name.replace("_", " ") for name in class_names]
         texts = [options.templates[0].replace("{}", name) for name in names]

@@ -115,6 +115,11 @@ class MMRLpp(ImagePrompts, ClassEmbeddings):
         """Features (B, 2 · dim) of the class token, then of the representation tokens."""
         return self._project(*self.backbone.tokens(images, prompts)[:2])
 
+    @property
+    def feature_dim(self) -> int:
+        """Width of what `read` gives."""
+        return 2 * self.backbone.feature_dim
+
     def _project(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         projection = self.projection(self.own_projection)
         parts = self.backbone.project(prefix[:, 0]), tokens.mean(1) @ projection
