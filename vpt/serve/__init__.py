@@ -1,0 +1,1 @@
+"""Many prompts on one backbone: the bank, and the HTTP server on it."""
