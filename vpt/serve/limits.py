@@ -74,9 +74,9 @@ def read_tokens(path: Path) -> dict[str, Tenant]:
     tenants: dict[str, Tenant] = {}
     for name, tenant in values.items():
         token = tenant.get("token") if isinstance(tenant, dict) else None
-        if not isinstance(token, str) or len(token) < SHORTEST_TOKEN:
+        if not (isinstance(token, str) and token.isascii() and len(token) >= SHORTEST_TOKEN):
             raise InputError(
-                f"{path}: {name}.token: give a text of at least {SHORTEST_TOKEN} characters"
+                f"{path}: {name}.token: give a text of at least {SHORTEST_TOKEN} ASCII characters"
             )
         if token in {known.token for known in tenants.values()}:
             raise InputError(f"{path}: {name}.token: another tenant has it: give each its own")
