@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from vpt.errors import InputError
     from vpt.evaluation.evaluate import evaluate
     from vpt.methods import attach
+    from vpt.serve.bank import PromptBank
     from vpt.training.fit import fit
 
 __all__ = [
     "InputError",
+    "PromptBank",
     "TrainConfig",
     "attach",
     "backbones",
@@ -29,6 +31,7 @@ __all__ = [
 
 _HOMES = {
     "InputError": "vpt.errors",
+    "PromptBank": "vpt.serve.bank",
     "TrainConfig": "vpt.config",
     "attach": "vpt.methods",
     "evaluate": "vpt.evaluation.evaluate",

@@ -66,20 +66,33 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: missing, truncated, not an artefact, or changed since it was written.
     """
-    path = Path(path)
+    return _read(Path(path), whole=True)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Metadata of an artefact, without its tensors, so not checked against the digest.
+
+    Raises:
+        InputError: missing, truncated, or not an artefact.
+    """
+    return _read(Path(path), whole=False)[1]
+
+
+def _read(path: Path, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such artefact")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys() if whole else ()
+            tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:
         raise InputError(
             f"{path}: truncated, or not a safetensors file ({error}): copy or train it again"
         ) from None
     if "vpt" not in header:
         raise InputError(f"{path}: a safetensors file, but not a prompt artefact of this package")
-    if header.get("sha256") != digest(tensors, header["vpt"]):
+    if whole and header.get("sha256") != digest(tensors, header["vpt"]):
         raise InputError(f"{path}: changed since it was written: copy or train it again")
     metadata = json.loads(header["vpt"])
     if metadata["format"] != FORMAT:
@@ -121,18 +134,26 @@ def load(
             or target from outside this package that is not given, or another than the artefact's.
     """
     tensors, metadata = read(path)
-    method = _known(path, "method", metadata["method"], method, methods.names())
-    kind = "multilabel" if metadata.get("multilabel") else "multiclass"
-    target = _known(path, "target", metadata.get("target", kind), target, targets.names())
+    kinds = find_kinds(path, metadata, method, target)
     adapted = _backbone(path, metadata, backbone)
+    return build(path, tensors, metadata, adapted, *kinds, class_names, tokenizer)
+
+
+def build(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    adapted: Backbone,
+    method: str | type[methods.Method],
+    target: str | type[Target] | Target,
+    class_names: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> methods.Method:
+    """`load`, of what was read, on this very view of a backbone that was checked."""
+    names = metadata["class_names"] if class_names is None else class_names
     try:
-        model = methods.attach(
-            adapted,
-            method,
-            class_names=metadata["class_names"] if class_names is None else class_names,
-            tokenizer=tokenizer,
-            target=target,
-            **metadata["options"],
+        model = methods.attach_to(
+            adapted, method, None, names, tokenizer, target, metadata["options"]
         )
     except InputError as error:
         raise InputError(f"{path}: written by version {metadata['version']}: {error}") from None
@@ -169,19 +190,57 @@ def _backbone(path: str | Path, metadata: dict[str, Any], backbone: nn.Module | 
             )
         backbone = backbones.load(made_for["name"], made_for["checkpoint"])
     adapted = backbones.adapt(backbone)
+    check_weights(path, metadata, adapted)
+    adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
+    check_answer(path, metadata, adapted)
+    return adapted
+
+
+def check_weights(path: str | Path, metadata: dict[str, Any], adapted: Backbone) -> None:
+    """Refuses a backbone of other weights than the artefact was trained on.
+
+    Raises:
+        InputError: its fingerprint is another.
+    """
+    made_for = metadata["backbone"]
     if adapted.fingerprint() != made_for["fingerprint"]:
         raise InputError(
             f"{path}: made for backbone {made_for['name'] or 'unnamed'} with fingerprint "
             f"{made_for['fingerprint'][:12]}, but this one has {adapted.fingerprint()[:12]}: "
             "give the backbone that it was trained on"
         )
-    adapted.preprocess = Preprocess.from_dict(metadata["preprocess"])
+
+
+def check_answer(path: str | Path, metadata: dict[str, Any], adapted: Backbone) -> None:
+    """Refuses a backbone that makes other features of an image of the artefact's size.
+
+    Raises:
+        InputError: weights alike, but another architecture.
+    """
+    made_for = metadata["backbone"]
     if "answer" in made_for and _differ(adapted.answer(), made_for["answer"]):
         raise InputError(
             f"{path}: made for a backbone of these weights but another architecture, such as "
             "another activation or pooling: give the backbone that it was trained on"
         )
-    return adapted
+
+
+def find_kinds(
+    path: str | Path,
+    metadata: dict[str, Any],
+    method: type[methods.Method] | None = None,
+    target: type[Target] | Target | None = None,
+) -> tuple[Any, Any]:
+    """Method and target of an artefact: those given, else names of this package.
+
+    Raises:
+        InputError: one from outside that is not given, or another than the artefact's.
+    """
+    kind = "multilabel" if metadata.get("multilabel") else "multiclass"
+    return (
+        _known(path, "method", metadata["method"], method, methods.names()),
+        _known(path, "target", metadata.get("target", kind), target, targets.names()),
+    )
 
 
 def _known(path: str | Path, kind: str, name: str, given: Any, names: Sequence[str]) -> Any:

@@ -188,9 +188,15 @@ class Backbone(nn.Module):
         """
         return self.project(self.pooled(images, prompts))
 
-    def pooled(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
-        """Features before the projection (B, …); the arguments are those of `forward`."""
-        return self.pool(self._run(images, prompts))
+    def pooled(
+        self, images: Tensor, prompts: Prompts | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Features before the projection (B, …); the first arguments are those of `forward`.
+
+        `index` (B,) is the image of each sample, where several samples are of the same; None:
+        there are as many images. Blocks before the first prompts then run once an image.
+        """
+        return self.pool(self._run(images, prompts, index=index))
 
     def tokens(self, images: Tensor, prompts: Prompts | None = None) -> Tokens:
         """Outputs of all tokens after the final norm; those of prompts where `prompts.read` is set.
@@ -246,10 +252,11 @@ class Backbone(nn.Module):
         prompts: Prompts | None,
         maps: dict[int, Tensor] | None = None,
         outputs: list[Tensor] | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Tokens after the last block, without prompts, whose own outputs `outputs` takes.
 
-        `maps` takes the feature maps.
+        `maps` takes the feature maps. `index` is as in `pooled`.
         """
         channels = self.preprocess.channels
         if images.ndim != 4 or images.shape[1] != channels:
@@ -259,27 +266,32 @@ class Backbone(nn.Module):
             )
         prompts = prompts or Prompts([], [])
         if prompts.mixed and not self._fast:
+            images = images if index is None else images[index]
             return self._one_by_one(images, prompts, maps, outputs)
         at_end = self._fast or self.appends_prompts
         at_end = at_end or prompts.gates is not None or prompts.mix is not None
         flow = Flow(self, prompts, prepend=prompts.position == "prepend" and not at_end)
+        first = prompts.layers[0] if prompts.layers else self.num_layers
         tokens = self.embed(images)
-        for index in range(self.num_layers):
-            tokens, seen = flow.enter(index, tokens)
+        for layer in range(self.num_layers):
+            if layer == first and index is not None:
+                tokens = tokens[index]
+            tokens, seen = flow.enter(layer, tokens)
             queries = None
-            if self._fast and index == self.num_layers - 1 and not (flow.count and prompts.read):
+            if self._fast and layer == self.num_layers - 1 and not (flow.count and prompts.read):
                 count = tokens.shape[1] - flow.count
                 all_read = maps is not None or outputs is not None
                 queries = count if all_read else self.readout_tokens or count
                 flow.count = 0
-            tokens = self.remember(self.block, index, tokens, seen, queries)
-            tokens = flow.leave(index, tokens)
+            tokens = self.remember(self.block, layer, tokens, seen, queries)
+            tokens = flow.leave(layer, tokens)
             if maps is not None:
                 patches = flow.strip(tokens)[:, self.num_prefix_tokens :]
-                maps[index] = patches.mT.unflatten(2, self.grid(index, images))
+                maps[layer] = patches.mT.unflatten(2, self.grid(layer, images))
         if outputs is not None and prompts.read and flow.count:
             outputs.append(flow.among(tokens))
-        return flow.strip(tokens)
+        tokens = flow.strip(tokens)
+        return tokens if index is None or prompts.layers else tokens[index]
 
     def _one_by_one(
         self,

@@ -6,13 +6,14 @@ from typing import Any
 from torch import nn
 
 from vpt import backbones, modules, targets
+from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict, validate
 from vpt.errors import InputError, check_class_names
 from vpt.methods.base import Method
 from vpt.targets import Target
 
-__all__ = ["Method", "attach", "check_options", "names"]
+__all__ = ["Method", "attach", "attach_to", "check_options", "names"]
 
 
 def names() -> list[str]:
@@ -64,9 +65,23 @@ def attach(
     Raises:
         InputError: unsupported backbone, unknown method, option or target, missing class names.
     """
+    target = target or ("multilabel" if multilabel else "multiclass")
+    adapted = backbones.adapt(backbone)
+    return attach_to(adapted, method, num_classes, class_names, tokenizer, target, options)
+
+
+def attach_to(
+    adapted: Backbone,
+    method: str | type[Method],
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    tokenizer: Tokenizer | None,
+    target: str | type[Target] | Target,
+    options: dict[str, Any],
+) -> Method:
+    """`attach`, on this very view of a backbone: methods that train its weights need their own."""
     cls = find(method) if isinstance(method, str) else method
     checked = check_options(cls, options)
-    adapted = backbones.adapt(backbone)
     reads_names = cls.reads_text and hasattr(adapted, "encode_texts")
     if class_names is None:
         if num_classes is None or reads_names:
@@ -78,7 +93,7 @@ def attach(
         raise InputError(f"num_classes={num_classes}, but {len(class_names)} class_names")
     if len(class_names) < 2:
         raise InputError(f"{cls.name} needs at least two classes, got {list(class_names)}")
-    target = targets.find(target or ("multilabel" if multilabel else "multiclass"))
+    target = targets.find(target)
     texts = target.texts(class_names) if reads_names else list(class_names)
     model = cls(adapted, texts, checked, tokenizer)
     model.class_names, model.target = list(class_names), target

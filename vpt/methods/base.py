@@ -177,12 +177,15 @@ class Method(nn.Module):
         return images
 
     def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
-        """Features (B, feature_dim) that the read-out half reads: the tower's own.
+        """Features (B, feature_dim) that the read-out half reads: of what the tower pools.
 
-        Others read outputs of prompts (`Backbone.tokens`) or features before the projection
-        (`Backbone.pooled`).
+        Others read outputs of prompts (`Backbone.tokens`).
         """
-        return self.backbone(images, prompts)
+        return self.project(self.backbone.pooled(images, prompts))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Features (B, feature_dim) of the tower's pooled outputs (B, …): by its own projection."""
+        return self.backbone.project(pooled)
 
     @property
     def feature_dim(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from vpt.backbones.base import Backbone, Prompts
+from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
 from vpt.losses import Loss
@@ -57,10 +57,9 @@ class ProLIP(Templates):
         self.penalty = 1.0 if options.penalty is None else options.penalty
         self.computed = False
 
-    def read(self, images: Tensor, prompts: Prompts | None) -> Tensor:
+    def project(self, pooled: Tensor) -> Tensor:
         """Features (B, width) before the projection; after it where that is not linear."""
-        run = self.backbone.pooled if self.projects else self.backbone
-        return run(images, prompts)
+        return pooled if self.projects else super().project(pooled)
 
     def logits(self, features: Tensor) -> Tensor:
         """Scaled cosine similarities (B, C) of the projected features (B, width)."""

@@ -1,1 +1,1 @@
-"""Many prompts on one backbone: the bank, and the HTTP server on it."""
+"""Many tasks on one backbone in memory: the bank, and the HTTP server on it."""
