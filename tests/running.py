@@ -23,7 +23,7 @@ FAST = {"drain_seconds": 0.2, "body_seconds": 1.0}
 def serving(folder, kind="clip", tenants=None, **limits):
     """(client, service, server) of the artefacts in `folder`, until the block ends."""
     service = Service(folder, BACKBONES[kind](), Limits(**FAST | limits))
-    server = make_server(service, create_app(service, tenants), "127.0.0.1", 0)
+    server = make_server(service, create_app(service, tenants))
     listening = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)

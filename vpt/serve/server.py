@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import logging
 import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -57,12 +58,11 @@ def serve(
         log(f"{name}: left out: {reason}")
     if not service.tasks.versions:
         raise InputError(f"{folder}: none of its artefacts can be served")
-    log(f"{len(service.tasks.versions)} tasks on http://{host}:{port}")
     _show_log()
-    server = make_server(service, create_app(service, tenants), host, port)
-    server.run()
-    if not server.started:
-        raise InputError(f"--port {port}: can't be taken: give another")
+    with _listen(host, port) as listening:
+        port = listening.getsockname()[1]
+        log(f"{len(service.tasks.versions)} tasks on http://{host}:{port}")
+        make_server(service, create_app(service, tenants)).run([listening])
 
 
 def load_backbone(folder: Path, checkpoint: str | None) -> Backbone:
@@ -89,8 +89,8 @@ def load_backbone(folder: Path, checkpoint: str | None) -> Backbone:
     raise InputError(reasons[0] if reasons else f"{folder}: no NAME.safetensors in it")
 
 
-def make_server(service: Service, app: Any, host: str, port: int) -> "Server":
-    """The server of `app`, not yet running."""
+def make_server(service: Service, app: Any) -> "Server":
+    """The server of `app`, not yet running: give its `run` sockets that listen."""
     seconds = service.limits.body_seconds
 
     class Protocol(_PatientProtocol):
@@ -98,8 +98,6 @@ def make_server(service: Service, app: Any, host: str, port: int) -> "Server":
 
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=Protocol,
         ws="none",
         lifespan="on",
@@ -154,6 +152,14 @@ class _PatientProtocol(H11Protocol):
     def _check(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
             self.transport.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise InputError(f"{host} port {port}: {error.strerror}: give another") from None
 
 
 def _is_loopback(host: str) -> bool:
