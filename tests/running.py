@@ -1,7 +1,6 @@
 """A real server on loopback, in a thread of this process, and images for it."""
 
 import io
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from stored import BACKBONES, FOLDER
 
 from vpt.serve.app import create_app
 from vpt.serve.limits import Limits
-from vpt.serve.server import make_server
+from vpt.serve.server import listen, make_server
 from vpt.serve.service import Service
 
 FAST = {"drain_seconds": 0.2, "body_seconds": 1.0}
@@ -24,7 +23,7 @@ def serving(folder, kind="clip", tenants=None, **limits):
     """(client, service, server) of the artefacts in `folder`, until the block ends."""
     service = Service(folder, BACKBONES[kind](), Limits(**FAST | limits))
     server = make_server(service, create_app(service, tenants))
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()

@@ -1,13 +1,16 @@
 """Many tasks in one batch: as one by one, whatever their methods, neighbours and order."""
 
 import functools
+import threading
 
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import vpt
 from vpt import methods
+from vpt.backbones._flow import Flow
 
 same = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 BACKBONES = {"vit": tiny.vit, "clip": tiny.clip}

@@ -220,7 +220,7 @@ def test_replaced_under_load_it_is_the_old_or_the_new(tmp_path):
     want = [expected(stored, png())["probabilities"] for stored in versions]
     assert want[0] != pytest.approx(want[1], abs=1e-3)
     names = {}
-    with serving(tmp_path) as (client, _, _):
+    with serving(tmp_path, batch=1) as (client, _, _):  # a request's images are in many passes
         files = [("file", ("x.png", png(), "image/png"))] * 4
 
         def ask(_):

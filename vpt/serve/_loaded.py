@@ -80,8 +80,7 @@ def read_out(tasks: Sequence[Loaded], pooled: Tensor) -> Tensor:
     if len(tasks) == 1:
         return run(pooled[0])[None]
     state = {
-        f"model.{name}": torch.stack([task.state[name] for task in tasks])
-        for name in tasks[0].state
+        f"model.{name}": torch.stack([task.state[name] for task in tasks]) for name in tasks[0].state
     }
     return torch.vmap(lambda own, x: functional_call(run, own, (x,)))(state, pooled)
 

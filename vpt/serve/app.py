@@ -71,6 +71,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         docs_url=None,  # the page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False),
     )
     app.add_middleware(Edge, limits=limits, registry=registry)
 

@@ -73,9 +73,7 @@ class PromptBank:
         entry = self._open(name, artefact, pinned)
         with self._lock:
             if name in self._entries:
-                raise InputError(
-                    f"task {name}: already in the bank: replace it, or remove it first"
-                )
+                raise InputError(f"task {name}: already in the bank: replace it, or remove it first")
             self._entries[name] = entry
         self._touch([entry])
 
@@ -155,9 +153,7 @@ class PromptBank:
             InputError: no such task; as `load`; another number of images than of `tasks`.
         """
         if len(images) != len(tasks):
-            raise InputError(
-                f"{len(images)} images, but {len(tasks)} tasks: give each image its own"
-            )
+            raise InputError(f"{len(images)} images, but {len(tasks)} tasks: give each image its own")
         asked = [[names] if isinstance(names, str) else list(names) for names in tasks]
         entries = {name: self._find(name) for names in asked for name in names}
         loaded = {name: entry.load(self.backbone) for name, entry in entries.items()}

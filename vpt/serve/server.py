@@ -59,7 +59,7 @@ def serve(
     if not service.tasks.versions:
         raise InputError(f"{folder}: none of its artefacts can be served")
     _show_log()
-    with _listen(host, port) as listening:
+    with listen(host, port) as listening:
         port = listening.getsockname()[1]
         log(f"{len(service.tasks.versions)} tasks on http://{host}:{port}")
         make_server(service, create_app(service, tenants)).run([listening])
@@ -141,25 +141,46 @@ class Server(uvicorn.Server):
 
 
 class _PatientProtocol(H11Protocol):
-    """Closes a new connection on which no whole head of a request has come in time."""
+    """Closes a connection on which no whole head of a request has come in time."""
 
     head_seconds: float
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(self.head_seconds, self._check)
+        self._expect_head()
 
-    def _check(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_head()
+
+    def _expect_head(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.head_seconds, self._check, self.cycle)
+
+    def _check(self, before: Any) -> None:
+        self._timer = None
+        if self.cycle is before and not self.transport.is_closing():
             self.transport.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to this address.
+
+    Raises:
+        InputError: it can't be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's delay off only for sockets that say they are TCP
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        bound.bind((host, port))
     except OSError as error:
+        bound.close()
         raise InputError(f"{host} port {port}: {error.strerror}: give another") from None
+    return bound
 
 
 def _is_loopback(host: str) -> bool:
