@@ -215,7 +215,7 @@ def test_medical_data_has_its_notice(tmp_path):
 
 
 def test_replaced_under_load_it_is_the_old_or_the_new(tmp_path):
-    versions = ["vpt_deep_clip", "decision_clip"]
+    versions = ["project_clip", "decision_clip"]  # of other logits, and other decisions
     put(tmp_path, "task", versions[0])
     want = [expected(stored, png())["probabilities"] for stored in versions]
     assert want[0] != pytest.approx(want[1], abs=1e-3)

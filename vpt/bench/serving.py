@@ -31,7 +31,7 @@ from vpt.serve.limits import Limits
 
 BACKBONE = "vit_base_patch32_224"
 TOKEN = "of-this-benchmark-alone"
-LIMITS = Limits(body_seconds=2, drain_seconds=0)
+LIMITS = Limits(queue=64, body_seconds=2, drain_seconds=0)
 TOLERANCE = 1e-4  # of probabilities, between batches
 
 
@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     mixed: int  # of which a tenth is hostile
 
 
-SMALL, FULL = Sizes("tiny_clip", 4, 60, 60), Sizes(BACKBONE, 256, 1000, 10_000)
+SMALL, FULL = Sizes("tiny_clip", 4, 300, 100), Sizes(BACKBONE, 256, 1000, 10_000)
 
 
 def bench(out: Path, small: bool) -> None:
