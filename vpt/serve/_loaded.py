@@ -26,7 +26,8 @@ class Loaded:
         num_bytes: of its tensors, without the shared backbone's.
     """
 
-    def __init__(self, model: Method, backbone: Backbone) -> None:
+    def __init__(self, model: Method, backbone: Backbone, pooled: Tensor) -> None:
+        """A task of a bank on `backbone`, which pools images to such as `pooled` (1, …)."""
         with torch.no_grad():
             model.make_constants()
         model.is_folded = True
@@ -38,18 +39,15 @@ class Loaded:
         if self.shares_pass:
             constant = getattr(model, "constant", None)
             self.prompts = None if constant is None else constant.prompts
-            self._keep_read_out()
+            self._keep_read_out(pooled)
         held = [*_state(model).values(), *(tensors(self.prompts) if self.prompts else [])]
         self.num_bytes = _num_bytes(held, backbone)
 
-    def _keep_read_out(self) -> None:
+    def _keep_read_out(self, pooled: Tensor) -> None:
         """Drop what made the constants and find the read-out's form."""
         model, backbone = self.model, self.model.backbone
-        size, channels = backbone.preprocess.image_size, backbone.preprocess.channels
-        with torch.no_grad():
-            pooled = backbone.pooled(torch.zeros(1, channels, size, size, device=backbone.device))
-            with _Reads() as reads:
-                model.logits(model.project(pooled))
+        with torch.no_grad(), _Reads() as reads:
+            model.logits(model.project(pooled))
         runs_tower = any(t.numel() > 1 and id(t) in reads.seen for t in _state(backbone).values())
         if runs_tower:  # on each image's own texts, say: not for many tasks at once
             self.form = (id(model),)
@@ -80,7 +78,8 @@ def read_out(tasks: Sequence[Loaded], pooled: Tensor) -> Tensor:
     if len(tasks) == 1:
         return run(pooled[0])[None]
     state = {
-        f"model.{name}": torch.stack([task.state[name] for task in tasks]) for name in tasks[0].state
+        f"model.{name}": torch.stack([task.state[name] for task in tasks])
+        for name in tasks[0].state
     }
     return torch.vmap(lambda own, x: functional_call(run, own, (x,)))(state, pooled)
 

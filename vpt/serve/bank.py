@@ -51,6 +51,8 @@ class PromptBank:
         """
         self.backbone: Backbone = backbones.adapt(backbone)
         self.max_bytes = max_bytes
+        with torch.no_grad():
+            self._pooled = self.backbone.pooled(self._blank())
         self._entries: dict[str, _Entry] = {}
         self._recent: OrderedDict[_Entry, int] = OrderedDict()  # bytes; the last asked for last
         self._lock = Lock()
@@ -73,7 +75,9 @@ class PromptBank:
         entry = self._open(name, artefact, pinned)
         with self._lock:
             if name in self._entries:
-                raise InputError(f"task {name}: already in the bank: replace it, or remove it first")
+                raise InputError(
+                    f"task {name}: already in the bank: replace it, or remove it first"
+                )
             self._entries[name] = entry
         self._touch([entry])
 
@@ -86,10 +90,10 @@ class PromptBank:
         old = self._find(name)
         entry = self._open(name, artefact, old.pinned)
         if old.loaded:
-            entry.load(self.backbone)
+            entry.load(self.backbone, self._pooled)
         with self._lock:
+            self._forget(self._entries.get(name, old))
             self._entries[name] = entry
-            self._forget(old)
         self._touch([entry])
 
     def remove(self, name: str) -> None:
@@ -100,8 +104,7 @@ class PromptBank:
         """
         entry = self._find(name)
         with self._lock:
-            self._entries.pop(name, None)
-            self._forget(entry)
+            self._forget(self._entries.pop(name, entry))
 
     def load(self, name: str) -> None:
         """Load a task now, so that the first call need not wait.
@@ -110,7 +113,7 @@ class PromptBank:
             InputError: no such task; as `artifact.load`; an artefact that was changed since `add`.
         """
         entry = self._find(name)
-        entry.load(self.backbone)
+        entry.load(self.backbone, self._pooled)
         self._touch([entry])
 
     def task(self, name: str) -> Task:
@@ -153,10 +156,12 @@ class PromptBank:
             InputError: no such task; as `load`; another number of images than of `tasks`.
         """
         if len(images) != len(tasks):
-            raise InputError(f"{len(images)} images, but {len(tasks)} tasks: give each image its own")
+            raise InputError(
+                f"{len(images)} images, but {len(tasks)} tasks: give each image its own"
+            )
         asked = [[names] if isinstance(names, str) else list(names) for names in tasks]
         entries = {name: self._find(name) for names in asked for name in names}
-        loaded = {name: entry.load(self.backbone) for name, entry in entries.items()}
+        loaded = {name: entry.load(self.backbone, self._pooled) for name, entry in entries.items()}
         self._touch(entries.values())
         pairs = [(image, loaded[name]) for image, names in enumerate(asked) for name in names]
         logits: dict[tuple[int, Loaded], Tensor] = {}
@@ -208,6 +213,11 @@ class PromptBank:
         number = {task: place for place, task in enumerate(distinct)}
         return stacked.take([number[task] for task in tasks])
 
+    def _blank(self) -> Tensor:
+        size, channels = self.preprocess.image_size, self.preprocess.channels
+        weight = next(self.backbone.parameters())
+        return weight.new_zeros(1, channels, size, size)
+
     def _find(self, name: str) -> "_Entry":
         try:
             return self._entries[name]
@@ -230,7 +240,7 @@ class PromptBank:
         task = Task(name, names, metadata, targets.find(target), decision)
         entry = _Entry(Path(artefact), method, task, pinned)
         if pinned:
-            entry.load(self.backbone)
+            entry.load(self.backbone, self._pooled)
         return entry
 
     def _touch(self, entries: Collection["_Entry"]) -> None:
@@ -265,10 +275,10 @@ class _Entry:
     loaded: Loaded | None = None
     lock: Lock = field(default_factory=Lock)
 
-    def load(self, backbone: Backbone) -> Loaded:
+    def load(self, backbone: Backbone, pooled: Tensor) -> Loaded:
         """The task at work, loaded by the first who asks."""
         with self.lock:
-            loaded = self.loaded = self.loaded or Loaded(self._read(backbone), backbone)
+            loaded = self.loaded = self.loaded or Loaded(self._read(backbone), backbone, pooled)
         return loaded
 
     def _read(self, backbone: Backbone) -> Method:
