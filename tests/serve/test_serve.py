@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -227,11 +228,12 @@ def test_replaced_under_load_it_is_the_old_or_the_new(tmp_path):
             return client.post("/v1/tasks/task/predict", files=files).json()
 
         with ThreadPoolExecutor(6) as pool:
-            asked = [pool.submit(ask, number) for number in range(60)]
+            asked = [pool.submit(ask, number) for number in range(120)]
             for number in range(1, 7):
                 put(tmp_path, "task", versions[number % 2])
                 done = client.post("/v1/reload").json()
                 assert not done["refused"]  # a request may have taken the file already
+                time.sleep(0.2)
             for future in asked:
                 answer = future.result()
                 # of the decision's artefact and its prediction sets, all of it or nothing
