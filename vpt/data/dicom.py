@@ -24,9 +24,7 @@ WINDOWS: dict[Window, tuple[int, int]] = {
 }
 
 
-def read_frame(
-    path: Path | BinaryIO, windows: tuple[Window, ...] | None = None
-) -> np.ndarray:
+def read_frame(path: Path | BinaryIO, windows: tuple[Window, ...] | None = None) -> np.ndarray:
     """The image, of several frames the middle one, as uint8 (H, W) or (H, W, 3).
 
     Grey: modality transform, then the file's own first VOI table or window (PS3.3 C.11.2); where
