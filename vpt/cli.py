@@ -106,7 +106,9 @@ def predict(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="A path, a name from `vpt list suites`, or speed.")],
+    suite: Annotated[
+        str, typer.Argument(help="A path, a name from `vpt list suites`, speed, serve.")
+    ],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="bench/SUITE")
@@ -118,12 +120,13 @@ def bench(
     cpus_per_run: Annotated[int, typer.Option(min=1, help="Cores for a run without a GPU.")] = 1,
     gpus_per_run: Annotated[float, typer.Option(min=0.01, max=1, help="Fraction of a GPU.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="speed: interleaved repetitions.")] = 5,
-    small: Annotated[bool, typer.Option(help="speed: tiny towers, to try it.")] = False,
+    small: Annotated[bool, typer.Option(help="speed, serve: tiny towers, to try it.")] = False,
     run: Annotated[bool, typer.Option(help="speed: also a whole CoOp run, minutes.")] = False,
 ) -> None:
     """Run data sets × methods × shots × seeds: vpt bench fgvc root=DIR.
 
-    With `speed`, time the engine against prompts as tokens instead.
+    With `speed`, time the engine against prompts as tokens instead; with
+    `serve`, a server under load.
     """
     if suite == "speed":
         from vpt.bench.speed_table import bench
@@ -131,6 +134,11 @@ def bench(
         if overrides:
             raise InputError(f"{overrides[0]}: speed takes no KEY=VALUE: drop it")
         bench(out or Path("bench"), rounds, small, run)
+        return
+    if suite == "serve":
+        from vpt.bench.serving import bench
+
+        bench(out or Path("bench"), small)
         return
     from vpt.bench.run_suite import run_suite
 
@@ -239,6 +247,37 @@ def import_(
     from vpt.imports import import_file
 
     print(f"wrote {import_file(method, file, overrides or [], out, log=_say)}")
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Its NAME.safetensors are the tasks.")],
+    limits: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as queue=64.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Other than this machine needs --tokens.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    tokens: Annotated[
+        Path | None, typer.Option(help="YAML: token, tasks and admin of each tenant.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The backbone's weights, where they have moved.")
+    ] = None,
+) -> None:
+    """Serve a folder of artefacts over HTTP, all on one backbone in memory.
+
+    SIGHUP reads the folder again; SIGTERM answers what was accepted first.
+    """
+    try:
+        from vpt.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"vpt serve needs {error.name}: pip install 'visual-prompt-tuning[serve]'"
+        ) from None
+
+    serve(folder, host, port, tokens, checkpoint, limits or [], log=_say)
 
 
 @app.command(name="list")
