@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import vpt
 from vpt.config import EngineConfig
+from vpt.data import loaders
+from vpt.data.images import Samples
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import predict
 from vpt.losses.class_balanced import ClassBalanced
@@ -68,6 +70,31 @@ def test_held_out_images_and_patients_are_not_learned_from():
         held = set(data.names) - set(part.names)
         patients = {data.patients[int(name)] for name in held}
         assert patients.isdisjoint(part.patients)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_every_image_is_decoded_once_a_run(monkeypatch, augment):
+    monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
+    reads, read = [], Samples.read
+
+    def spy(self, index, **options):
+        reads.append(self.names[index])
+        return read(self, index, **options)
+
+    monkeypatch.setattr(Samples, "read", spy)
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    data = samples([0, 1] * 6)
+    vpt.fit(model, loader(model, data, augment=augment), config={"epochs": 2, "folds": 2})
+    # augmented images start from the whole picture, plain ones are kept as crops
+    assert sorted(reads) == sorted(data.names * (1 if augment == "none" else 2))
+
+
+def test_images_that_do_not_fit_into_memory_are_said(monkeypatch):
+    monkeypatch.setattr(loaders, "CACHE_BYTES", 3 * 32 * 32 * 3)
+    model, lines = vpt.attach(tiny.vit(), num_classes=2), []
+    images = loader(model, samples([0, 1] * 6))
+    vpt.fit(model, images, config={"epochs": 1}, log=lines.append)
+    assert any("memory: 9 of 12 images do not fit" in line for line in lines)
 
 
 def test_patients_of_both_classes():

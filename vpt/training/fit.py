@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from vpt import losses
 from vpt.accelerator import make_accelerator
 from vpt.config import EngineConfig, TrainConfig, validate
+from vpt.data.loaders import CACHE_BYTES
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import evaluate, predict
 from vpt.files import write_atomically
@@ -87,6 +88,11 @@ def fit(
     plain = images.batches(images.plain if in_order else train)
     loss = _make(chosen, model, images)
     frozen = _frozen_columns(model, images, config, engine, accelerator, log)
+    if images.own and not frozen and (beyond := images.loader.dataset.beyond_store):
+        log(
+            f"memory: {beyond} of {len(images.loader.dataset)} images do not fit into the "
+            f"{CACHE_BYTES / 2**30:g} GiB for decoded ones, so each pass decodes them anew"
+        )
     if model.solved:
         seen = current_features(model, plain, accelerator, frozen)
         return [_solve(model, seen, accelerator, begin)]

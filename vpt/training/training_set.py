@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from vpt.data.loaders import EpochSampler, ImageDataset, make_loader
+from vpt.data.loaders import EpochSampler, ImageDataset, load
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import EVAL_BATCH
 from vpt.methods.base import Batch
@@ -100,13 +100,11 @@ class TrainingSet:
         if not self.own:
             chosen = Subset(dataset, self.places[positions].tolist())
             return _like(loader, chosen, batch_size, shuffle=learn)
-        return make_loader(
-            dataset.samples.take(positions),
-            dataset.preprocess,
+        chosen = dataset.take(positions)
+        return load(
+            chosen if learn else chosen.plain(),
             batch_size,
             train=learn,
-            augment=dataset.augmentation if learn else "none",
-            seed=dataset.seed,
             workers=loader.num_workers,
         )
 
