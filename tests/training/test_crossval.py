@@ -17,10 +17,11 @@ from vpt.data.images import Samples
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import predict
 from vpt.losses.class_balanced import ClassBalanced
+from vpt.progress import TrainingBar
 from vpt.targets.multiclass import Multiclass
 from vpt.training import crossval
 from vpt.training import fit as train
-from vpt.training.crossval import training_helps
+from vpt.training.crossval import judged_parts, training_helps
 from vpt.training.training_set import TrainingSet
 
 
@@ -28,7 +29,7 @@ def judge(model, data, learn, start=lambda images: None, balanced=False):
     lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
     steps = (start, learn, partial(predict, model))
     images = TrainingSet(loader(model, data), model.target, len(model.class_names))
-    helps = training_helps(model, images, 3, balanced, *steps, lines.append)
+    helps = training_helps(model, images, judged_parts(images, 3), balanced, *steps, lines.append)
     torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
     return helps, lines
 
@@ -222,7 +223,9 @@ def answers(first, trained, labels):
 
     images = TrainingSet(loader(model, data), model.target, len(model.class_names))
     nothing = lambda _: None  # noqa: E731
-    return training_helps(model, images, 3, False, nothing, nothing, predict, nothing)
+    return training_helps(
+        model, images, judged_parts(images, 3), False, nothing, nothing, predict, nothing
+    )
 
 
 def test_surer_is_not_better():
@@ -296,3 +299,34 @@ def test_a_loader_without_batches_is_refused():
     batches = DataLoader([(tiny.images(1)[0], 0)], 2, drop_last=True)
     with pytest.raises(InputError, match=r"train\.folds=3: the DataLoader has no batch"):
         vpt.fit(model, batches, config={"folds": 3})
+
+
+@pytest.mark.parametrize("level", [2, 0])  # always trained, never
+def test_one_bar_counts_the_batches_of_all_stages(monkeypatch, level):
+    monkeypatch.setattr(crossval, "LEVEL", level)
+    counted, moved = [], []
+    next_stage, tick, move = TrainingBar.next_stage, TrainingBar.tick, TrainingBar._move
+
+    def spy_stage(self):
+        next_stage(self)
+        counted.append([self._size, 0])
+
+    def spy_tick(self):
+        tick(self)
+        counted[-1][1] += 1
+
+    def spy_move(self, done, **shown):
+        move(self, done, **shown)
+        moved.append(done / self.total)
+
+    monkeypatch.setattr(TrainingBar, "next_stage", spy_stage)
+    monkeypatch.setattr(TrainingBar, "tick", spy_tick)
+    monkeypatch.setattr(TrainingBar, "_move", spy_move)
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    config = {"epochs": 2, "folds": 2, "min_steps": 6}
+    vpt.fit(model, loader(model, samples([0, 1] * 12)), config=config)
+    part = 2 + 3 * (2 + 1)  # 2 passes before it and after it, and 3 epochs of a pass and 2 steps
+    assert counted[:2] == [[part, part]] * 2
+    assert counted[2] == [2 * 3 + 3, 2 * 3 + 3 if level else 1]
+    assert moved[-1] == 1
+    assert max(moved) == 1
