@@ -107,7 +107,7 @@ def predict(
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Argument(help="A path, a name from `vpt list suites`, speed, serve.")
+        str, typer.Argument(help="A path, a name of `vpt list suites`, speed, serve, recipe.")
     ],
     overrides: Overrides = None,
     out: Annotated[
@@ -122,12 +122,23 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="speed: interleaved repetitions.")] = 5,
     small: Annotated[bool, typer.Option(help="speed, serve: tiny towers, to try it.")] = False,
     run: Annotated[bool, typer.Option(help="speed: also a whole CoOp run, minutes.")] = False,
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="recipe: images a class; repeat it.", show_default="5, 16"),
+    ] = None,
 ) -> None:
     """Run data sets × methods × shots × seeds: vpt bench fgvc root=DIR.
 
     With `speed`, time the engine against prompts as tokens instead; with
-    `serve`, a server under load.
+    `serve`, a server under load; with `recipe`, `vpt train vpt_deep` with
+    these keys, in forward passes of its training images: vpt bench recipe
+    data.root=IMAGES --shots 5.
     """
+    if suite == "recipe":
+        from vpt.bench import recipe
+
+        recipe.bench(overrides or [], shots or [5, 16])
+        return
     if suite == "speed":
         from vpt.bench.speed_table import bench
 

@@ -242,7 +242,7 @@ def _solved(path: Path, model: Method, prompts: Tensor, train: DataLoader) -> Me
 
 
 class Settings(Strict):
-    """What `vpt import` can be told."""
+    """Keys of `vpt import`."""
 
     backbone: BackboneConfig
     data: DataConfig = DataConfig()

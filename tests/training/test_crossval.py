@@ -12,13 +12,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import vpt
 from vpt.config import EngineConfig
+from vpt.data import loaders
+from vpt.data.images import Samples
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import predict
 from vpt.losses.class_balanced import ClassBalanced
+from vpt.progress import TrainingBar
 from vpt.targets.multiclass import Multiclass
 from vpt.training import crossval
 from vpt.training import fit as train
-from vpt.training.crossval import training_helps
+from vpt.training.crossval import judged_parts, training_helps
 from vpt.training.training_set import TrainingSet
 
 
@@ -26,7 +29,7 @@ def judge(model, data, learn, start=lambda images: None, balanced=False):
     lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
     steps = (start, learn, partial(predict, model))
     images = TrainingSet(loader(model, data), model.target, len(model.class_names))
-    helps = training_helps(model, images, 3, balanced, *steps, lines.append)
+    helps = training_helps(model, images, judged_parts(images, 3), balanced, *steps, lines.append)
     torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
     return helps, lines
 
@@ -68,6 +71,31 @@ def test_held_out_images_and_patients_are_not_learned_from():
         held = set(data.names) - set(part.names)
         patients = {data.patients[int(name)] for name in held}
         assert patients.isdisjoint(part.patients)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_every_image_is_decoded_once_a_run(monkeypatch, augment):
+    monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
+    reads, read = [], Samples.read
+
+    def spy(self, index, **options):
+        reads.append(self.names[index])
+        return read(self, index, **options)
+
+    monkeypatch.setattr(Samples, "read", spy)
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    data = samples([0, 1] * 6)
+    vpt.fit(model, loader(model, data, augment=augment), config={"epochs": 2, "folds": 2})
+    # augmented images start from the whole picture, plain ones are kept as crops
+    assert sorted(reads) == sorted(data.names * (1 if augment == "none" else 2))
+
+
+def test_images_that_do_not_fit_into_memory_are_said(monkeypatch):
+    monkeypatch.setattr(loaders, "CACHE_BYTES", 3 * 32 * 32 * 3)
+    model, lines = vpt.attach(tiny.vit(), num_classes=2), []
+    images = loader(model, samples([0, 1] * 6))
+    vpt.fit(model, images, config={"epochs": 1}, log=lines.append)
+    assert any("memory: 9 of 12 images do not fit" in line for line in lines)
 
 
 def test_patients_of_both_classes():
@@ -195,7 +223,9 @@ def helps(first, trained, labels):
 
     images = TrainingSet(loader(model, data), model.target, len(model.class_names))
     nothing = lambda _: None  # noqa: E731
-    return training_helps(model, images, 3, False, nothing, nothing, predict, nothing)
+    return training_helps(
+        model, images, judged_parts(images, 3), False, nothing, nothing, predict, nothing
+    )
 
 
 def test_surer_is_not_better():
@@ -269,3 +299,34 @@ def test_a_loader_without_batches_is_refused():
     batches = DataLoader([(tiny.images(1)[0], 0)], 2, drop_last=True)
     with pytest.raises(InputError, match=r"train\.folds=3: the DataLoader has no batch"):
         vpt.fit(model, batches, config={"folds": 3})
+
+
+@pytest.mark.parametrize("level", [2, 0])  # always trained, never
+def test_one_bar_counts_the_batches_of_all_stages(monkeypatch, level):
+    monkeypatch.setattr(crossval, "LEVEL", level)
+    counted, moved = [], []
+    next_stage, tick, move = TrainingBar.next_stage, TrainingBar.tick, TrainingBar._move
+
+    def spy_stage(self):
+        next_stage(self)
+        counted.append([self._size, 0])
+
+    def spy_tick(self):
+        tick(self)
+        counted[-1][1] += 1
+
+    def spy_move(self, done, **shown):
+        move(self, done, **shown)
+        moved.append(done / self.total)
+
+    monkeypatch.setattr(TrainingBar, "next_stage", spy_stage)
+    monkeypatch.setattr(TrainingBar, "tick", spy_tick)
+    monkeypatch.setattr(TrainingBar, "_move", spy_move)
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    config = {"epochs": 2, "folds": 2, "min_steps": 6}
+    vpt.fit(model, loader(model, samples([0, 1] * 12)), config=config)
+    part = 2 + 3 * (2 + 1)  # 2 passes before it and after it, and 3 epochs of a pass and 2 steps
+    assert counted[:2] == [[part, part]] * 2
+    assert counted[2] == [2 * 3 + 3, 2 * 3 + 3 if level else 1]
+    assert moved[-1] == 1
+    assert max(moved) == 1

@@ -15,7 +15,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Reply(NamedTuple):
-    """What came back.
+    """Responses of a load.
 
     Attributes:
         status: 0 where there was no whole answer.

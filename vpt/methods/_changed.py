@@ -65,7 +65,7 @@ class ChangedAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """As nn.MultiheadAttention's of x (B, N, width), which is key and value too."""
+        """Output of nn.MultiheadAttention for x (B, N, width), which is key and value too."""
         layer, (qkv, change) = self.layer, self.held
         x = qkv(x, layer.in_proj_weight, layer.in_proj_bias)
         heads = x.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -105,7 +105,7 @@ class ChangedTowers(ClassEmbeddings):
         options: TemplateOptions,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Build the method.
 
         Raises:
             InputError: a tower without known attention.

@@ -269,7 +269,7 @@ class Method(nn.Module):
         }
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint of unfinished training stores of the method."""
+        """Tensors that a checkpoint of unfinished training stores."""
         return self.artifact_tensors()
 
     def make_room(self, tensors: dict[str, Tensor]) -> None:

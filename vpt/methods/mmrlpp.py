@@ -61,7 +61,7 @@ class MMRLpp(ImagePrompts, ClassEmbeddings):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Build the method.
 
         Raises:
             InputError: an image tower that is not read at its class token, linearly.

@@ -1,4 +1,4 @@
-"""What a task says of an image, as JSON values."""
+"""Predictions of a task as JSON values."""
 
 from typing import Any
 

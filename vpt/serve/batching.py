@@ -99,7 +99,7 @@ class Batcher:
                 await self._answer(batch)
 
     async def _collect(self) -> list[Waiting]:
-        """What is there, and, while other requests are under way, what comes in time."""
+        """Requests that are there, and, while others are under way, those that come in time."""
         batch = [await self._queue.get()]
         while len(batch) < self.batch:
             if self._queue.empty() and self.images <= len(batch):

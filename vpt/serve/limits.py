@@ -1,4 +1,4 @@
-"""What the server grants: limits of requests, and the tasks that a token sees."""
+"""Limits of requests, and the tasks that a token sees."""
 
 import hashlib
 import hmac

@@ -10,7 +10,7 @@ from vpt.serve.bank import PromptBank
 
 
 class Tasks:
-    """What a folder's artefacts are in a bank, read again by `reload`.
+    """A folder's artefacts in a bank, read again by `reload`.
 
     Attributes:
         versions: task → the first digits of its artefact's digest.

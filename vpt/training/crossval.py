@@ -1,6 +1,6 @@
 """Cross-validates training on the training images: it is kept where it lowers the log loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,13 +17,30 @@ from vpt.training.training_set import TrainingSet
 ENOUGH = 400  # held-out images that suffice; splits after that many are left out
 LEVEL = 0.05  # of the one-sided test that training helps
 
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # to learn from, to hold out, columns left out
 Predict = Callable[[DataLoader], tuple[Tensor, Tensor]]  # logits and labels
+
+
+def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
+    """The splits that are judged by, and of each the classes that it can't be judged by.
+
+    All images of a patient are in one. They are `folds`, or fewer where only one class has as many
+    images, or ENOUGH are held out before.
+    """
+    parts: list[Part] = []
+    for seen, held in images.target.splits(images.labels, images.patients, folds):
+        if sum(len(held) for _, held, _ in parts) >= ENOUGH:
+            break
+        held, unlearned = images.target.comparable(images.labels, seen, held)
+        if len(held):
+            parts.append((seen, held, unlearned))
+    return parts
 
 
 def training_helps(
     model: Method,
     images: TrainingSet,
-    count: int,
+    parts: Sequence[Part],
     balanced: bool,
     start: Callable[[DataLoader], None],
     fit: Callable[[DataLoader], object],
@@ -38,9 +55,8 @@ def training_helps(
 
     Args:
         model: to train.
-        images: to train on. All images of a patient are in one split.
-        count: how many splits, fewer where only one class has as many images; each is held out
-            in turn until ENOUGH images were.
+        images: to train on.
+        parts: of `judged_parts`; each is held out in turn.
         balanced: all classes count alike, however many images they have.
         start: makes of `model` what it is before its first step on a loader's images.
         fit: trains `model` on a loader.
@@ -50,14 +66,15 @@ def training_helps(
     untrained = {name: tensor.clone() for name, tensor in model.artifact_tensors().items()}
     labels, patients = images.labels, images.patients
     target = model.target
-    log("cross-validation: trains on parts of the training images first")
-    tested, logits = [], []
-    for seen, held in target.splits(labels, patients, count):
-        if sum(map(len, tested)) >= ENOUGH:
-            break
-        held, unlearned = target.comparable(labels, seen, held)
-        if not len(held):
-            continue
+    if not parts:
+        log("cross-validation: too few images a class, so nothing is trained")
+        return False
+    log(
+        f"cross-validation: trains on {len(parts)} parts of the training images first, to see on "
+        "the others whether it helps"
+    )
+    logits = []
+    for seen, held, unlearned in parts:
         learned, test = images.part(seen, learn=True), images.part(held, learn=False)
         start(learned)
         first, truth = predict(test)
@@ -65,12 +82,8 @@ def training_helps(
         trained, _ = predict(test)
         first[:, unlearned] = trained[:, unlearned] = 0
         model.load_state_dict(untrained, strict=False)
-        tested.append(held)
         logits.append((first, trained, truth))
-    if not tested:
-        log("cross-validation: too few images a class, so nothing is trained")
-        return False
-    held = np.concatenate(tested)
+    held = np.concatenate([held for _, held, _ in parts])
     first, trained, truth = (torch.cat(parts) for parts in zip(*logits, strict=True))
     gain = (_log_loss(target, first, truth) - _log_loss(target, trained, truth)).numpy()
     before, after = (100 * target.num_correct(x, truth) / len(held) for x in (first, trained))
@@ -83,9 +96,11 @@ def training_helps(
         gain = np.bincount(patient, gain) / np.bincount(patient)
     p = ttest_1samp(gain, 0, alternative="greater").pvalue if len(gain) > 1 and gain.any() else 1.0
     helps = bool(p < LEVEL)
+    verdict = "trained" if helps else "left as it starts; train.folds=null trains all the same"
     log(
         f"cross-validation: of {len(held)} held-out training images {before:.1f} % right before "
-        f"training, {after:.1f} % after, p = {p:.2f}: {'trained' if helps else 'left as it starts'}"
+        f"training, {after:.1f} % after. Chance alone lowers the log loss so much in {p:.0%} of "
+        f"cases (p = {p:.2f}), and less than {LEVEL:.0%} are wanted: {verdict}"
     )
     return helps
 

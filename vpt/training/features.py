@@ -101,7 +101,7 @@ class FrozenColumns:
         return {name: column[rows] for name, column in kept.items() if name != NAMES}
 
     def _names(self) -> Tensor:
-        """What tells the images (N, bytes) of a file apart: contents, or places if augmented."""
+        """Hashes (N, bytes) that tell images apart: of contents, or of places if augmented."""
         images = self.train.dataset
         if images.deterministic:
             names = b"".join(images.samples.hashes())
