@@ -22,8 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-import vpt
-from vpt import backbones
+from vpt import artifact, backbones, methods
 from vpt.bench.load import Reply, load
 from vpt.errors import InputError
 from vpt.files import write_atomically
@@ -203,8 +202,8 @@ def _write_tasks(folder: Path, sizes: Sizes) -> list[str]:
     backbone = backbones.load(sizes.backbone, checkpoint)
     names = [f"task{number}" for number in range(sizes.tasks)]
     for name in names:
-        model = vpt.attach(backbone, "vpt_deep", num_classes=10)
-        vpt.save(model, folder / f"{name}.safetensors")
+        model = methods.attach(backbone, "vpt_deep", num_classes=10)
+        artifact.save(model, folder / f"{name}.safetensors")
     (folder / "tokens.yaml").write_text(f'all: {{token: {TOKEN}, tasks: ["*"], admin: true}}')
     return names
 
