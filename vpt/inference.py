@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -170,7 +169,8 @@ def predict(
     model = load(path, checkpoint).fold()
     names = [str(file) for file in files]
     windows = metadata.get("data", {}).get("windows")
-    samples = Samples(files, np.zeros(len(files), np.int64), names, windows=windows)
+    labels = model.target.blank(len(files), len(model.class_names))
+    samples = Samples(files, labels, names, windows=windows, target=model.target)
     logits, _ = outputs(model, samples, metadata.get("precision", "auto"))
     decision = Decision(**metadata.get("decision", {}))
     notice = {"notice": NOTICE} if metadata.get("medical") else {}

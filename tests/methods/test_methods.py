@@ -208,7 +208,7 @@ def test_dropout_masks_differ_per_sample_and_are_off_in_eval(method):
 def test_dropout_keeps_the_mean():
     model = attach(vit(), "vpt_deep", dropout=0.5, num_tokens=1).train()
     seen = []
-    model.backbone.forward = lambda images, prompts: seen.append(prompts) or images
+    model.backbone.pooled = lambda images, prompts: seen.append(prompts) or images
     model.features(images(2000, size=1))
     prompts = torch.stack(list(seen[0].sets)).detach()
     kept = prompts != 0

@@ -299,6 +299,7 @@ class Sizes(dict):
 
 def storages():
     """Bytes of all tensors in this process, by their storage."""
-    tensors = (each for each in gc.get_objects() if isinstance(each, torch.Tensor))
+    kinds = (torch.Tensor, torch.nn.Parameter)  # none of an export's tensors without storage
+    tensors = (each for each in gc.get_objects() if type(each) in kinds)
     parts = (each.untyped_storage() for each in tensors)
     return Sizes({part.data_ptr(): part.nbytes() for part in parts})

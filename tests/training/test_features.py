@@ -25,7 +25,8 @@ def fit(method="coop", options=None, augment="none", frozen=True, data=None, see
     if not frozen:
         model.frozen_features = False
     passes, lines = [], []
-    model.backbone.register_forward_hook(lambda *_: passes.append(1))
+    pooled = model.backbone.pooled
+    model.backbone.pooled = lambda *inputs: passes.append(1) or pooled(*inputs)
     batches = loader(model, data or SAMPLES, 4, augment=augment, seed=seed)
     engine = EngineConfig(feature_cache=settings.pop("folder", None))
     config = CONFIG.model_copy(update=settings)

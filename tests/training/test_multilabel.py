@@ -166,7 +166,8 @@ def test_from_an_npz_file_to_predictions(tmp_path, capfd, monkeypatch, npz):
     assert shown.splitlines()[0] == said.splitlines()[0]
 
     path = write_image(tmp_path / "new.png", 1)
-    code, line, _ = cli("predict", "--json", out / "prompt.safetensors", path)
+    code, line, err = cli("predict", "--json", out / "prompt.safetensors", path)
+    assert code == 0, err
     prediction = json.loads(line)
     assert prediction.keys() == {"path", "labels", "probabilities"}
     threshold = result["decision"]["thresholds"]["hernia"]["threshold"]

@@ -109,6 +109,10 @@ class Target:
 
     # Logits and labels
 
+    def blank(self, count: int, num_classes: int) -> np.ndarray:
+        """Labels in the place of those that `count` images to be predicted do not have."""
+        return np.zeros(count, np.int64)
+
     def conform(self, labels: Any, num_classes: int) -> Any:
         """Labels of a batch from anybody's loader as this target has them, if they plainly are.
 

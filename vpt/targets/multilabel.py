@@ -80,6 +80,10 @@ class Multilabel(Target):
         both = np.flatnonzero(labels.any(0) & ~labels.all(0))
         return [(np.array([index]), labels[:, index].astype(int)) for index in both]
 
+    def blank(self, count: int, num_classes: int) -> np.ndarray:
+        """Rows of 0 in the place of labels that images to be predicted do not have."""
+        return np.zeros((count, num_classes), np.float32)
+
     def conform(self, labels: Any, num_classes: int) -> Tensor:
         """Rows (B, C) float32 of 0 and 1, of any type; between them where labels are smoothed."""
         labels = as_tensor(labels)
