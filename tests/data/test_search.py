@@ -46,7 +46,10 @@ def test_every_format_is_found_and_read(tmp_path, suffix):
     assert read_image(path).size == (9, 5)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"])
+@pytest.mark.parametrize(
+    "kind",
+    [*("JPEG", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"), *("ICO", "PCX", "SGI", "DDS")],
+)
 @pytest.mark.parametrize("name", ["0001", "scan.17", "photo.img"])
 def test_files_of_unknown_suffix_are_known_by_content(tmp_path, kind, name):
     Image.new("RGB", (9, 5), "red").save(tmp_path / name, kind)

@@ -28,7 +28,10 @@ _SYSTEM = {
 }
 _BACKUPS = ("~", ".bak", ".orig", ".tmp", ".part", ".partial", ".crdownload", ":zone.identifier")
 # Content is asked only of these, which say what they are in their first bytes
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+_FORMATS = (
+    *("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"),
+    *("DDS", "ICNS", "ICO", "PCX", "PSD", "SGI", "SUN"),
+)
 # Never images, or images of which Pillow would read a thumbnail or nothing at all
 _TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".yaml", ".yml", ".html", ".py"}
 _UNREAD = {".heic", ".heif", ".jxl", ".svg", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2"}
