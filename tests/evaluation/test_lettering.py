@@ -7,7 +7,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 import torch
-from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontManager
 from matplotlib.text import Text
 from tiny import write_image
 
@@ -129,3 +129,10 @@ def test_a_font_that_has_the_letters_is_used(tmp_path, monkeypatch):
         letter(figure)
         assert len(text.get_family()) > 1 and text.get_family()[0] == "cmr10"
         save(figure, tmp_path / "greek.png")
+
+
+def test_a_font_without_a_regular_weight_is_taken_in_silence(monkeypatch, caplog):
+    light = FontEntry(findfont("DejaVu Sans"), 0, "Light Only", "normal", "normal", 200, "normal")
+    monkeypatch.setattr(fontManager, "ttflist", [light])
+    assert "x" in lettering._letters("Light Only")
+    assert caplog.records == []

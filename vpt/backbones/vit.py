@@ -57,6 +57,8 @@ class Adapter(Backbone):
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch embedding, class and register tokens, position embedding, `norm_pre`."""
+        if getattr(self.model.patch_embed, "strict_img_size", False):
+            self.check_size(images)
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         return self.model.norm_pre(self.model.patch_drop(tokens))
 
