@@ -1,20 +1,23 @@
-"""demos/medical: a made-up cohort that says so, and a page that stands by itself."""
+"""The demos run. demos/medical: a made-up cohort that says so, a page that stands by itself."""
 
 import csv
 import json
+import re
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
-DEMOS = Path(__file__).parents[1] / "demos" / "medical"
+DEMOS = Path(__file__).parents[1] / "demos"
 
 
 @pytest.fixture
 def synthetic(monkeypatch):
-    monkeypatch.syspath_prepend(DEMOS)
+    monkeypatch.syspath_prepend(DEMOS / "medical")
     import synthetic
 
     return synthetic
@@ -58,3 +61,44 @@ def test_the_page_has_every_row_and_names_no_patient(synthetic, tmp_path, monkey
     assert "patient0" not in page
     assert str(tmp_path) not in page
     assert "http" not in page
+
+
+@pytest.fixture
+def demo(monkeypatch, capsys):
+    """Output of a demo, run as a command."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(DEMOS / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_prompt_of_a_few_images_of_a_folder_then_in_onnx(demo, tmp_path):
+    root, out = tiny.write_folder(tmp_path / "pets", count=6), tmp_path / "pets.safetensors"
+    text = demo("few_shot", root, "--out", out, "--shots", 4)
+    assert "8 images trained, 4 tested: accuracy 100.0%" in text
+    pytest.importorskip("onnxruntime")
+    pictures = sorted(root.rglob("secret5.png"))
+    text = demo("onnx_runtime", out, *pictures)
+    assert [f"{path}: {path.parent.name}," in text for path in pictures] == [True, True]
+
+
+def test_many_departments_on_one_backbone(demo):
+    text = demo("departments", "--shots", 5)
+    accuracies = re.findall(r"(\w+): accuracy (.*)%", text)
+    assert {name for name, _ in accuracies} == {"parity", "size", "loops", "reader"}
+    assert all(float(accuracy) > 55 for _, accuracy in accuracies)
+    assert "to all: {'parity':" in text
+
+
+def test_ones_own_loop_learns(demo):
+    text = demo("own_loop", "--epochs", 5)
+    before, after = map(float, re.findall("trained: accuracy (.*)%", text))
+    assert after > before + 10
+
+
+@pytest.mark.parametrize("path", sorted(DEMOS.glob("[!p]*.py")), ids=lambda path: path.stem)
+def test_a_demo_is_short(path):
+    assert len(path.read_text().splitlines()) < 100

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import vpt
+from vpt.serve import bank as bank_module
 
 same = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 BACKBONES = {"vit": tiny.vit, "clip": tiny.clip}
@@ -62,6 +63,10 @@ def everything(request, tmp_path_factory):
             backbone, "vpt_deep", folder, 9 + count, num_tokens=count, layers=layers
         )
     paths["vpt_shallow-9"] = artefact(backbone, "vpt_shallow", folder, 9, gated=True)
+    if request.param == "clip":  # alike but for what no tensor says
+        paths["tip_adapter-6"] = artefact(backbone, "tip_adapter", folder, 6, alpha=3.0)
+        paths["coop-6"] = artefact(backbone, "coop", folder, 6, multilabel=True)
+        paths["zero_shot-6"] = artefact(backbone, "zero_shot", folder, 6, templates=["one {}."])
     yield backbone, paths
     torch.set_default_dtype(torch.float32)
 
@@ -84,6 +89,21 @@ def test_every_method_in_one_batch_is_as_by_itself(everything):
         same(together[name], logits, msg=lambda text, name=name: f"{name}: {text}")
     for name, logits in zip(reversed(paths), back, strict=True):
         same(logits, expected[name])
+
+
+def test_tasks_that_differ_in_values_alone_are_read_out_together(everything, monkeypatch):
+    backbone, paths = everything
+    sizes, real = [], bank_module.read_out
+    monkeypatch.setattr(
+        bank_module, "read_out", lambda tasks, *rest: sizes.append(len(tasks)) or real(tasks, *rest)
+    )
+    bank = make(backbone, paths)
+    methods = {name.rpartition("-")[0] for name in paths}
+    apart = {"bias_tuning", "full_finetune", "lora", "partial_k", "pixel_prompts"}
+    for method in methods - apart:
+        del sizes[:]
+        bank(pictures_of(2), [f"{method}-0", f"{method}-3"])
+        assert sizes == ([1, 1] if method == "cocoop" else [2]), method
 
 
 def test_a_samples_logits_do_not_depend_on_its_mates(everything):

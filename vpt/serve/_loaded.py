@@ -21,6 +21,7 @@ class Loaded:
         shares_pass: True where the image half is prompts that no image changes, or nothing, on the
             bank's own weights; False: it runs by itself.
         prompts: of the image tower; None: it runs without.
+        reads_pooled: True where the read-out has a projection of its own; False: it gets features.
         form: equal for read-outs that differ in the values of their tensors alone.
         state: the read-out's own tensors, by name.
         num_bytes: of its tensors, without the shared backbone's.
@@ -34,6 +35,7 @@ class Loaded:
         self.model = model.requires_grad_(False)
         self.shares_pass = model.backbone is backbone and _is_constant(type(model))
         self.prompts: Prompts | None = None
+        self.reads_pooled = model.overrides("project")
         self.form: tuple | None = None
         self.state: dict[str, Tensor] = {}
         if self.shares_pass:
@@ -46,8 +48,10 @@ class Loaded:
     def _keep_read_out(self, pooled: Tensor) -> None:
         """Drop what made the constants and find the read-out's form."""
         model, backbone = self.model, self.model.backbone
-        with torch.no_grad(), _Reads() as reads:
-            model.logits(model.project(pooled))
+        with torch.no_grad():
+            inputs = pooled if self.reads_pooled else backbone.project(pooled)
+            with _Reads() as reads:
+                _ReadOut(self)(inputs)
         runs_tower = any(t.numel() > 1 and id(t) in reads.seen for t in _state(backbone).values())
         if runs_tower:  # on each image's own texts, say: not for many tasks at once
             self.form = (id(model),)
@@ -62,26 +66,26 @@ class Loaded:
 
 
 class _ReadOut(nn.Module):
-    """Logits from what the tower pools, as a module's forward."""
+    """Logits from features, or from what the tower pools, as a module's forward."""
 
-    def __init__(self, model: Method) -> None:
+    def __init__(self, task: Loaded) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.reads_pooled = task.model, task.reads_pooled
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.model.logits(self.model.project(pooled))
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model.logits(self.model.project(inputs) if self.reads_pooled else inputs)
 
 
-def read_out(tasks: Sequence[Loaded], pooled: Tensor) -> Tensor:
-    """Logits (T, n, C) of T tasks of one form, of n images each: pooled outputs (T, n, …)."""
-    run = _ReadOut(tasks[0].model)
+def read_out(tasks: Sequence[Loaded], inputs: Tensor) -> Tensor:
+    """Logits (T, n, C) of T tasks of one form, n images each: features or pooled (T, n, …)."""
+    run = _ReadOut(tasks[0])
     if len(tasks) == 1:
-        return run(pooled[0])[None]
+        return run(inputs[0])[None]
     state = {
         f"model.{name}": torch.stack([task.state[name] for task in tasks])
         for name in tasks[0].state
     }
-    return torch.vmap(lambda own, x: functional_call(run, own, (x,)))(state, pooled)
+    return torch.vmap(lambda own, x: functional_call(run, own, (x,)))(state, inputs)
 
 
 class _Reads(TorchFunctionMode):

@@ -185,6 +185,7 @@ class PromptBank:
         index = torch.tensor(order, device=images.device)
         index = None if order == [*range(len(images))] else index
         pooled = self.backbone.pooled(images, self._prompts([task for _, task in samples]), index)
+        features = self.backbone.project(pooled)
         rows = dict(zip(pairs, (samples[sample] for sample in prompted), strict=True))
         own: dict[Loaded, list[int]] = {}
         for image, task in pairs:
@@ -196,7 +197,8 @@ class PromptBank:
         for alike in groups.values():
             members = [[(image, task) for image in own[task]] for task in alike]
             chosen = torch.tensor([[rows[pair] for pair in each] for each in members])
-            logits = read_out(alike, pooled[chosen.to(pooled.device)])
+            inputs = pooled if alike[0].reads_pooled else features
+            logits = read_out(alike, inputs[chosen.to(inputs.device)])
             for each, of_task in zip(members, logits, strict=True):
                 found |= dict(zip(each, of_task, strict=True))
         return found
