@@ -197,3 +197,4 @@ def _show_log() -> None:
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.addHandler(handler)
+        logger.propagate = False  # a handler of the root would say it twice
