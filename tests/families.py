@@ -164,7 +164,7 @@ def is_clip(model):
 
 
 def bare_features(model, images):
-    """What the model itself makes of images, before any classifier."""
+    """The model's own features of images, before any classifier."""
     if is_clip(model):
         return model.encode_image(images, normalize=False)
     if isinstance(model, open_clip.transformer.VisionTransformer):

@@ -94,13 +94,13 @@ def test_from_images_to_predictions(tmp_path, good, cli):
     code, out, err = cli(*train)
     assert code == 0
     assert "2 classes, 4 training, 6 test images" in err
-    figures = result(run)
-    assert set(figures) >= KEYS
-    assert figures["num_test"] == 6
-    assert figures["seed"] == 1
-    assert figures["trained"]
-    assert figures["train_seconds"] > 0
-    assert f"{figures['accuracy']:.4f}" in out
+    metrics = result(run)
+    assert set(metrics) >= KEYS
+    assert metrics["num_test"] == 6
+    assert metrics["seed"] == 1
+    assert metrics["trained"]
+    assert metrics["train_seconds"] > 0
+    assert f"{metrics['accuracy']:.4f}" in out
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert (run / "config.yaml").is_file()
     assert (run / "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -111,15 +111,15 @@ def test_from_images_to_predictions(tmp_path, good, cli):
     with safe_open(artefact, "pt") as file:
         metadata = json.loads(file.metadata()["vpt"])
     assert metadata["class_names"] == ["cat", "dog"]
-    assert metadata["figures"]["accuracy"] == figures["accuracy"]
-    assert metadata["split_hash"] == figures["split_hash"]
+    assert metadata["figures"]["accuracy"] == metrics["accuracy"]
+    assert metadata["split_hash"] == metrics["split_hash"]
     content = artefact.read_bytes()
     assert b"secret" not in content  # no names of images
     assert str(tmp_path).encode() not in content  # no paths
 
     shown = table(good("eval", artefact))
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"):
-        assert shown[name] == f"{figures[name]:.4f}"
+        assert shown[name] == f"{metrics[name]:.4f}"
     assert shown["num_test"] == "6"
 
     files = [images / "cat" / "secret0.png", images / "dog" / "secret1.png"]
@@ -143,7 +143,7 @@ def test_from_images_to_predictions(tmp_path, good, cli):
     assert err.count("\n") == 1
     assert f"{run}: holds a run that is finished: give --resume" in err
     assert dict(line.split(None, 1) for line in good(*train, "--resume").splitlines())
-    assert result(run) == figures
+    assert result(run) == metrics
     code, _, err = cli(*train, "--resume", "train.lr=0.5")
     assert code == 1
     assert "other settings" in err
@@ -151,7 +151,7 @@ def test_from_images_to_predictions(tmp_path, good, cli):
     # it repeats from the configuration that it left
     again = tmp_path / "again"
     good("train", run / "config.yaml", f"out={again}")
-    assert result(again) | {"train_seconds": 0} == figures | {"train_seconds": 0}
+    assert result(again) | {"train_seconds": 0} == metrics | {"train_seconds": 0}
 
 
 def test_eval_on_images_elsewhere(tmp_path, good, cli):
@@ -275,13 +275,13 @@ def test_every_layout(tmp_path, good, layout, method):
     root, num_test, names = layout(tmp_path)
     run = tmp_path / "run"
     good("train", method, *FAST, f"data.root={root}", f"out={run}")
-    figures = result(run)
-    assert set(figures) >= KEYS
-    assert figures["num_test"] == num_test
+    metrics = result(run)
+    assert set(metrics) >= KEYS
+    assert metrics["num_test"] == num_test
     with safe_open(run / "prompt.safetensors", "pt") as file:
         assert json.loads(file.metadata()["vpt"])["class_names"] == names
     shown = table(good("eval", run / "prompt.safetensors"))
-    assert shown["accuracy"] == f"{figures['accuracy']:.4f}"
+    assert shown["accuracy"] == f"{metrics['accuracy']:.4f}"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert ("val_accuracy" in last) == (method in {"vpt_shallow", "coop"})
 

@@ -50,7 +50,7 @@ def test_registers_and_prompts_have_no_place_in_the_map():
 
 
 class Corner(torch.nn.Module):
-    """Answers by the brightness of patch (1, 2) alone."""
+    """Logits from the brightness of patch (1, 2) alone."""
 
     target = Multiclass()
 

@@ -93,7 +93,7 @@ def products(path):
 
 @pytest.mark.parametrize(("method", "kind"), [pair for pair in PAIRS if pair[0] in CONSTANT])
 def test_prompts_cost_no_products(exported, method, kind):
-    """As many as the linear probe has: no prompt's projections, no text tower."""
+    """There are as many as in the linear probe: no prompt's projections, no text tower."""
     _, path = exported(method, kind)
     _, probe = exported("linear_probe", kind)
     assert products(path) == products(probe)

@@ -130,7 +130,7 @@ def test_a_page_of_real_runs_stands_by_itself(tmp_path, capfd, monkeypatch):
     path = runs / "report" / "report.html"
     assert out == f"{path}\n"
     page = Page(path)
-    assert page.headings == ["Results", "Test accuracy", "Every cell", "Figures", "pets (folder)"]
+    assert page.headings == ["Results", "Test accuracy", "Every cell", "Plots", "pets (folder)"]
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in path.read_text()
@@ -183,7 +183,7 @@ def test_a_page_of_trained_runs_has_no_marks(tmp_path, write_run):
     assert "left untrained" not in page.text
 
 
-def test_runs_that_do_not_say_what_they_store_are_in_no_figure_of_it(tmp_path, write_run):
+def test_runs_that_do_not_say_what_they_store_are_in_no_plot_of_it(tmp_path, write_run):
     write_run(0.8, method="coop", stored_parameters=None)
     page, _, _ = build(tmp_path)
     assert not [image for image in page.images if "stored" in image["alt"]]
@@ -237,7 +237,7 @@ def test_means_over_groups_and_tasks(tmp_path, write_run, vtab):
     assert "\\bfseries 70.0" not in tex
 
 
-def test_published_figures_stand_only_beside_the_same_number_of_shots(tmp_path, write_run, vtab):
+def test_published_results_stand_only_beside_the_same_number_of_shots(tmp_path, write_run, vtab):
     write_run(0.5, data="natural0", shots=16)
     page, _, _ = build(tmp_path)
     assert "published" not in page.text

@@ -84,7 +84,7 @@ def test_other_values_are_yaml():
     ("overrides", "culprits"),
     [
         (["data.classes=[a"], ["data.classes=[a", "not YAML", "quotes"]),
-        (["data.exclude=[*a]"], ["data.exclude=[*a]", "quotes"]),
+        (["data.exclude=[*a,'b']"], ["data.exclude=[*a,'b']", "quotes"]),
         (["train.lr=1", "train.lr.x=2"], ["train.lr.x=2", "drop one"]),
         (["data=5"], ["data=5"]),
     ],
@@ -145,3 +145,11 @@ def test_a_saved_run_keeps_its_texts(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_run(str(tmp_path / "config.yaml")) == config
     assert read_yaml(tmp_path / "config.yaml").data.root == "pets #2"
+
+
+def test_plain_lists_of_texts_are_taken_as_they_are_written():
+    config = load_run(
+        "vpt_deep", ["data.exclude=[old,*.bmp, @x]", "data.classes=[a: b, no #1,007]"]
+    )
+    assert config.data.exclude == ["old", "*.bmp", "@x"]
+    assert config.data.classes == ["a: b", "no #1", "007"]

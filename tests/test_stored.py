@@ -1,4 +1,4 @@
-"""What earlier versions wrote keeps its meaning: artefacts, run configurations, stopped runs."""
+"""Files of earlier versions keep their meaning: artefacts, run configurations, stopped runs."""
 
 import json
 import shutil

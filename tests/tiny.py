@@ -25,7 +25,7 @@ def vit(seed=0, **kwargs):
     return perturb(model)
 
 
-def clip(seed=0, embed_dim=16, width=32):
+def clip(seed=0, embed_dim=16, width=32, layers=2):
     torch.manual_seed(seed)
     model = open_clip.CLIP(
         embed_dim=embed_dim,
@@ -33,10 +33,10 @@ def clip(seed=0, embed_dim=16, width=32):
             "image_size": 32,
             "patch_size": 8,
             "width": width,
-            "layers": 2,
+            "layers": layers,
             "head_width": width // 2,
         },
-        text_cfg={"context_length": 24, "width": 16, "heads": 2, "layers": 2},
+        text_cfg={"context_length": 24, "width": 16, "heads": 2, "layers": layers},
     )
     return perturb(model)
 
@@ -51,7 +51,7 @@ def perturb(model):
 
 
 def fixed(model):
-    """The same weights on every machine and with every version: integers drawn by name."""
+    """Give `model` weights that no machine or version changes: integers drawn by name."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = np.random.RandomState(zlib.crc32(name.encode())).randint(

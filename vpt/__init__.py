@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vpt.config import TrainConfig, recipe
     from vpt.errors import InputError
     from vpt.evaluation.evaluate import evaluate
+    from vpt.imports import import_checkpoint
     from vpt.methods import attach
     from vpt.serve.bank import PromptBank
     from vpt.training.fit import fit
@@ -24,6 +25,7 @@ __all__ = [
     "backbones",
     "evaluate",
     "fit",
+    "import_checkpoint",
     "load",
     "recipe",
     "save",
@@ -36,6 +38,7 @@ _HOMES = {
     "attach": "vpt.methods",
     "evaluate": "vpt.evaluation.evaluate",
     "fit": "vpt.training.fit",
+    "import_checkpoint": "vpt.imports",
     "load": "vpt.artifact",
     "recipe": "vpt.config",
     "save": "vpt.artifact",

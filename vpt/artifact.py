@@ -21,7 +21,7 @@ from vpt.resources import package_version
 from vpt.targets import Target
 
 FORMAT = 1
-TOLERANCE = 5e-3  # of a backbone's answer, relative: TF32 is within, quick GELU for GELU is not
+TOLERANCE = 5e-3  # of a backbone's features, relative: TF32 is within, quick GELU for GELU is not
 
 
 def save(model: methods.Method, path: str | Path, **details: Any) -> Path:

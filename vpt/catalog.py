@@ -1,4 +1,4 @@
-"""What `vpt list` shows: names with one line each, read from the files themselves."""
+"""Names with one line each for `vpt list`, read from the files themselves."""
 
 import ast
 from pathlib import Path

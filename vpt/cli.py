@@ -33,7 +33,7 @@ def _version(wanted: bool) -> None:
 
 
 class Engine(StrEnum):
-    """What does the runs of a suite."""
+    """Executor of a suite's runs."""
 
     local = "local"
     ray = "ray"
@@ -69,7 +69,7 @@ def train(
     from vpt.config import load_run
     from vpt.run import run
 
-    _print_figures(run(load_run(config, overrides or []), resume=resume, log=_say))
+    _print_metrics(run(load_run(config, overrides or []), resume=resume, log=_say))
 
 
 @app.command(name="eval")
@@ -83,7 +83,7 @@ def evaluate(
     """Test an artefact on the held-out images of its data, or on other labelled images."""
     from vpt.inference import evaluate
 
-    _print_figures(evaluate(artefact, overrides or [], every=every, log=_say))
+    _print_metrics(evaluate(artefact, overrides or [], every=every, log=_say))
 
 
 @app.command()
@@ -106,7 +106,9 @@ def predict(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="A path, a name from `vpt list suites`, or speed.")],
+    suite: Annotated[
+        str, typer.Argument(help="A path, a name of `vpt list suites`, speed, serve, recipe.")
+    ],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="bench/SUITE")
@@ -116,21 +118,38 @@ def bench(
     ] = Engine.local,
     resume: Annotated[bool, typer.Option(help="Do what is not finished in the folder.")] = False,
     cpus_per_run: Annotated[int, typer.Option(min=1, help="Cores for a run without a GPU.")] = 1,
-    gpus_per_run: Annotated[float, typer.Option(min=0.01, max=1, help="Share of a GPU.")] = 1,
+    gpus_per_run: Annotated[float, typer.Option(min=0.01, max=1, help="Fraction of a GPU.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="speed: interleaved repetitions.")] = 5,
-    small: Annotated[bool, typer.Option(help="speed: tiny towers, to try it.")] = False,
+    small: Annotated[bool, typer.Option(help="speed, serve: tiny towers, to try it.")] = False,
     run: Annotated[bool, typer.Option(help="speed: also a whole CoOp run, minutes.")] = False,
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="recipe: images a class; repeat it.", show_default="5, 16"),
+    ] = None,
 ) -> None:
     """Run data sets × methods × shots × seeds: vpt bench fgvc root=DIR.
 
-    With `speed`, time the engine against prompts as tokens instead.
+    With `speed`, time the engine against prompts as tokens instead; with
+    `serve`, a server under load; with `recipe`, `vpt train vpt_deep` with
+    these keys, in forward passes of its training images: vpt bench recipe
+    data.root=IMAGES --shots 5.
     """
+    if suite == "recipe":
+        from vpt.bench import recipe
+
+        recipe.bench(overrides or [], shots or [5, 16])
+        return
     if suite == "speed":
         from vpt.bench.speed_table import bench
 
         if overrides:
             raise InputError(f"{overrides[0]}: speed takes no KEY=VALUE: drop it")
         bench(out or Path("bench"), rounds, small, run)
+        return
+    if suite == "serve":
+        from vpt.bench.serving import bench
+
+        bench(out or Path("bench"), small)
         return
     from vpt.bench.run_suite import run_suite
 
@@ -152,7 +171,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Holds run folders, at any depth.")],
     out: Annotated[Path | None, typer.Option(help="Instead of FOLDER/report.")] = None,
 ) -> None:
-    """Compare runs: mean ± std over seeds, figures, one HTML page, CSV and LaTeX."""
+    """Compare runs: mean ± std over seeds, plots, one HTML page, CSV and LaTeX."""
     from vpt.report import report
 
     print(report(folder, out or folder / "report", log=_say))
@@ -165,14 +184,14 @@ def explain(
         list[Path] | None,
         typer.Argument(help="Images or folders; without, the words of a context."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("explained"),
+    out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("explained"),
     checkpoint: Annotated[
         str | None, typer.Option(help="The backbone's weights, where they have moved.")
     ] = None,
 ) -> None:
-    """Show where in an image an answer comes from, or which words a context is near to.
+    """Show which patches a prediction rests on, or which words a context is near to.
 
-    Each image gets a figure: red patches speak for the class, blue ones
+    Each image gets a plot: red patches speak for the class, blue ones
     against it. Its deletion area is the mean probability while patches are
     blurred, most salient first; a map that tells something is below random.
     """
@@ -216,6 +235,60 @@ def export(
     size = sum(file.stat().st_size for file in files) / 1e6
     names = " and ".join(map(str, files))
     print(f"wrote {names}: {size:.1f} MB, logits within {difference:.0e} of torch's")
+
+
+@app.command(name="import")
+def import_(
+    method: Annotated[str, typer.Argument(metavar="coop|cocoop|kgcoop|maple|promptsrc|vpt")],
+    file: Annotated[Path, typer.Argument(help="A model.pth.tar-N, or of vpt a prompt_epN.pth.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="backbone.name=, and data.root= for names."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The artefact; otherwise METHOD.safetensors beside FILE.")
+    ] = None,
+) -> None:
+    """Take over a prompt that the official code trained; nothing in FILE is run.
+
+    Class names are read from the texts in FILE, or are those of data.root,
+    which FILE must agree with. A file of KMnP/vpt holds no head: it is solved
+    on the images of data.root.
+    """
+    from vpt.imports import import_file
+
+    print(f"wrote {import_file(method, file, overrides or [], out, log=_say)}")
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Its NAME.safetensors are the tasks.")],
+    limits: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as queue=64.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Other than this machine needs --tokens.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    tokens: Annotated[
+        Path | None, typer.Option(help="YAML: token, tasks and admin of each tenant.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The backbone's weights, where they have moved.")
+    ] = None,
+) -> None:
+    """Serve a folder of artefacts over HTTP, all on one backbone in memory.
+
+    SIGHUP reads the folder again; SIGTERM answers what was accepted first.
+    """
+    try:
+        from vpt.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"vpt serve needs {error.name}: pip install 'visual-prompt-tuning[serve]'"
+        ) from None
+
+    serve(folder, host, port, tokens, checkpoint, limits or [], log=_say)
 
 
 @app.command(name="list")
@@ -265,16 +338,16 @@ def _columns(prediction: dict[str, Any]) -> list[str]:
     return columns + ["refer"] * prediction.get("refer", False)
 
 
-def _print_figures(figures: dict[str, Any]) -> None:
+def _print_metrics(metrics: dict[str, Any]) -> None:
     if _first_process():
-        for name, value in figures.items():
-            _print_figure(name, value)
+        for name, value in metrics.items():
+            _print_metric(name, value)
 
 
-def _print_figure(name: str, value: Any) -> None:
+def _print_metric(name: str, value: Any) -> None:
     if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
         for key, part in value.items():
-            _print_figure(f"{name}.{key}", part)
+            _print_metric(f"{name}.{key}", part)
     elif value != {}:
         print(f"{name:20} {_text(value)}")
 

@@ -44,7 +44,7 @@ class Strict(BaseModel):
 
 
 class BackboneConfig(Strict):
-    """Which frozen model: a name under configs/backbone, of timm or of open_clip."""
+    """The frozen model: a name under configs/backbone, of timm or of open_clip."""
 
     name: str
     checkpoint: str | None = None  # a local file, or a hub tag; None: the name's own default
@@ -59,18 +59,19 @@ class BackbonePreset(BackboneConfig):
 
 
 class DataConfig(Strict):
-    """Which labelled images, and how many of each class to learn from."""
+    """The labelled images, and how many of each class train."""
 
     name: str | None = None  # a card under datasets/; None: recognised from `root`
     root: File | None = None
     shots: PositiveInt | None = 16  # images a class; None: all
     shots_per: Literal["image", "patient"] = "image"  # patient: so many, with all their images
-    # held out of the training part: a number of patients (of images where none are known), a share
+    # held out of the training part: a number or proportion of patients, or of images where no
+    # patients are known
     calibration: PositiveInt | Annotated[float, Field(gt=0, lt=1)] | None = None
     # balanced: so many of each class; natural: as many in sum, of whatever class
     sampling: Sampling = "balanced"
     seed: Seed = 1
-    split: Parts = "train-test"  # what is learned from, and what gives the figures
+    split: Parts = "train-test"  # what trains, and what tests
     # class names in label order; where they are the data's own in another order, labels follow
     classes: list[Text] | None = None
     templates: list[str] | None = None  # instead of the card's
@@ -100,7 +101,7 @@ class MethodConfig(BaseModel):
 
 
 class TrainConfig(Strict):
-    """How the prompt is trained. `lr` is used as it is: no hidden scaling by the batch size."""
+    """Settings of training. `lr` is used as it is: no hidden scaling by the batch size."""
 
     epochs: PositiveInt = 100
     min_steps: NonNegativeInt = 0  # with few images, more epochs, until they have so many steps
@@ -129,24 +130,25 @@ class TrainConfig(Strict):
     seed: Seed = 1
 
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+Proportion = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DecisionConfig(Strict):
-    """What is fitted on the calibration images, stored in the artefact and used by `predict`."""
+    """Settings of the decision: fitted on calibration images, stored, and used by `predict`."""
 
     temperature: bool = False  # divides logits, so that probabilities are frequencies
     # class → the sensitivity (or specificity) wanted of calling it at a threshold of its own
-    sensitivity: dict[Text, Share] = Field({})
-    specificity: dict[Text, Share] = Field({})
-    alpha: Share | None = None  # of each class, at most this share misses its prediction set
-    coverage: Share | None = None  # share of images decided; the least certain others are referred
+    sensitivity: dict[Text, Proportion] = Field({})
+    specificity: dict[Text, Proportion] = Field({})
+    alpha: Proportion | None = None  # of each class, so many at most miss their prediction set
+    # proportion of images decided; the least certain others are referred
+    coverage: Proportion | None = None
 
 
 class EngineConfig(Strict):
-    """How prompts are computed; every choice gives the same numbers.
+    """Settings of computing prompts; every choice gives the same numbers.
 
-    But for the masks of a dropout that is compiled.
+    Only the masks of a dropout differ where it is compiled.
     """
 
     # True: prompts as tokens, the reference path
@@ -165,7 +167,7 @@ class Expected(Strict):
 
 
 class Published(Strict):
-    """A figure from a paper, to stand beside ours."""
+    """A paper's result, to stand beside ours."""
 
     method: str
     backbone: str
@@ -175,7 +177,7 @@ class Published(Strict):
 
 
 class RunConfig(Strict):
-    """One run: config → data → backbone → method → training → artefact and figures."""
+    """One run: config → data → backbone → method → training → artefact and metrics."""
 
     backbone: BackboneConfig
     # where the method's own settings are from: configs/method, or configs/paper as it was published
@@ -228,7 +230,7 @@ class SuiteConfig(Strict):
     """Data sets × methods × shots × seeds on one backbone.
 
     A method with a `grid` is first run with every combination of its values on the first seed, with
-    `data.split=train-val`; the best by validation accuracy gives the figures of all seeds.
+    `data.split=train-val`; the best by validation accuracy is tested with all seeds.
     """
 
     backbone: BackboneConfig

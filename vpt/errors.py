@@ -1,6 +1,7 @@
 """The one exception that a user's mistake raises."""
 
 import difflib
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
@@ -33,10 +34,15 @@ def check_class_names(names: Sequence[str]) -> None:
     if isinstance(names, str | Mapping | Set):
         kind = type(names).__name__
         raise InputError(f"class_names is a {kind}: give a list of names in label order")
+    if not isinstance(names, Collection):
+        raise InputError(f"class_names is a {type(names).__name__}: give a list in label order")
     for name in names:
         if not isinstance(name, str):
             raise InputError(f"class name {name!r} is a {type(name).__name__}: give names as texts")
-    twice = [name for name, number in Counter(names).items() if number > 1]
+        if not name.strip():
+            raise InputError(f"class name {name!r} is empty: give each class its own name")
+    shown = (unicodedata.normalize("NFC", name.strip()) for name in names)
+    twice = [name for name, number in Counter(shown).items() if number > 1]
     if twice:
         raise InputError(f"class names twice, {some(twice)}: give each class its own name")
 

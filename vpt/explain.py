@@ -1,4 +1,4 @@
-"""`vpt explain`: which patches an answer rests on, checked by deletion; words near a context."""
+"""`vpt explain`: which patches a prediction rests on, checked by deletion; words near a context."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ RANDOM_ORDERS = 4
 
 
 def saliency(model: Method, image: Tensor, target: int) -> Tensor:
-    """What each patch adds to the logit of class `target`: (rows, columns), of either sign.
+    """Contribution of each patch to the logit of class `target`: (rows, columns), signed.
 
     Integrated gradients (Sundararajan et al. 2017, eq. 1) from the blurred image, summed over the
     pixels of each patch; together they are the logit's rise over that of the blurred image. Class
@@ -65,7 +65,7 @@ def deletion(model: Method, image: Tensor, target: int, order: Tensor) -> Tensor
 
 @torch.no_grad()
 def probabilities(model: Method, images: Tensor) -> Tensor:
-    """(B, C) of images (B, 3, H, W), not calibrated: a saliency explains the model's own answer."""
+    """(B, C) of images (B, 3, H, W), uncalibrated, as a saliency is of the model's own logits."""
     return model.target.probabilities(model(images))
 
 
@@ -156,8 +156,8 @@ def explain_images(
         pixels = crop(read_image(file, windows=windows, grey=preprocess.grey_range))
         record, heat = explain(model, torch.from_numpy(pixels))
         figure = out / f"{number:03}-{file.stem}.png"
-        answer = f"{shown[record['class']]} {record['probability']:.2f}"
-        title = ". ".join([answer, *notice.values()])
+        prediction = f"{shown[record['class']]} {record['probability']:.2f}"
+        title = ". ".join([prediction, *notice.values()])
         drawing = Figure(figsize=(7, 3.9), layout="constrained")
         left, right = drawing.subplots(1, 2)
         left.imshow(pixels)

@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 class Settings(Strict):
-    """What `vpt export` can be told."""
+    """Keys of `vpt export`."""
 
     backbone: BackboneConfig
 

@@ -8,7 +8,7 @@ from vpt.config import RunConfig
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run leaves its files."""
+    """Paths of a run's files."""
 
     path: Path
 
@@ -34,12 +34,12 @@ class RunFolder:
 
     @property
     def failure(self) -> Path:
-        """Why a suite could not do the run, in one line; there only if its last attempt failed."""
+        """One line on why a suite could not do the run; there only if its last attempt failed."""
         return self.path / "failure.txt"
 
     @property
     def result(self) -> Path:
-        """The figures; there only when the run is finished."""
+        """The metrics; there only when the run is finished."""
         return self.path / "result.json"
 
     @property

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -20,7 +19,7 @@ from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
 from vpt.data.survey import Survey, survey_images
 from vpt.errors import InputError
-from vpt.evaluation.decision import Decision, resampled_figures
+from vpt.evaluation.decision import Decision, resampled_metrics
 from vpt.evaluation.evaluate import outputs
 from vpt.folder import RunFolder
 from vpt.methods import Method
@@ -30,7 +29,7 @@ from vpt.settings import apply_overrides, override, read_yaml
 
 
 class Settings(Strict):
-    """What `vpt eval` can be told."""
+    """Keys of `vpt eval`."""
 
     data: DataConfig
     backbone: BackboneConfig
@@ -39,7 +38,7 @@ class Settings(Strict):
 def evaluate(
     path: Path, overrides: Sequence[str] = (), *, every: bool = False, log: Log = print
 ) -> dict[str, Any]:
-    """Figures of the artefact at `path` on the held-out images of the split it was trained with.
+    """Metrics of the artefact at `path` on the held-out images of the split it was trained with.
 
     Args:
         path: the artefact. Its data root comes from `overrides` or the run's config.yaml beside it.
@@ -87,7 +86,7 @@ def evaluate(
     names = source.class_names
     return {
         **model.target.metrics(logits, labels),
-        **resampled_figures(model.target, logits, labels, names, patients, decision),
+        **resampled_metrics(model.target, logits, labels, names, patients, decision),
         **({"notice": NOTICE} if metadata.get("medical") else {}),
     }
 
@@ -170,7 +169,8 @@ def predict(
     model = load(path, checkpoint).fold()
     names = [str(file) for file in files]
     windows = metadata.get("data", {}).get("windows")
-    samples = Samples(files, np.zeros(len(files), np.int64), names, windows=windows)
+    labels = model.target.blank(len(files), len(model.class_names))
+    samples = Samples(files, labels, names, windows=windows, target=model.target)
     logits, _ = outputs(model, samples, metadata.get("precision", "auto"))
     decision = Decision(**metadata.get("decision", {}))
     notice = {"notice": NOTICE} if metadata.get("medical") else {}

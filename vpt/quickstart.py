@@ -1,4 +1,4 @@
-"""`vpt quickstart`: six methods on handwritten digits, offline, with one table and one figure."""
+"""`vpt quickstart`: six methods on handwritten digits, offline, with one table and one plot."""
 
 import json
 from collections.abc import Sequence

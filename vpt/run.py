@@ -22,7 +22,7 @@ from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
 from vpt.data.survey import Survey, check_images
 from vpt.errors import InputError
-from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_figures
+from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_metrics
 from vpt.evaluation.evaluate import confusion, predict, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
@@ -40,7 +40,7 @@ NOTICE = "Not for clinical use."  # with every result of medical data
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What `prepare` read and checked, and the model to train."""
+    """Result of `prepare`: what it read and checked, and the model to train."""
 
     config: RunConfig
     folder: RunFolder
@@ -209,7 +209,7 @@ def test(prepared: Prepared, log: Log = print) -> Tested:
         decision = fit_decision(config.decision, target, logits, labels, source.class_names, log)
     logits, labels = prepared.outputs(split.test)
     patients = split.test.patients
-    intervals = resampled_figures(target, logits, labels, source.class_names, patients, decision)
+    intervals = resampled_metrics(target, logits, labels, source.class_names, patients, decision)
     return Tested(logits, labels, target.metrics(logits, labels), intervals, decision)
 
 
@@ -307,7 +307,7 @@ def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | N
     if samples is None:
         raise InputError(
             f"decision: {source.name} has no calibration and no validation images: give "
-            "data.calibration=SHARE, or add a val part"
+            "data.calibration=PROPORTION, or add a val part"
         )
     labels = torch.from_numpy(samples.labels)
     check_decision(config.decision, samples.target, labels, source.class_names)

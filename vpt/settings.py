@@ -152,6 +152,10 @@ def _value(kinds: list[Any], text: str) -> Any:
     if types and all(kind in {str, Path} for kind in types):
         return text
     if any(get_origin(kind) in {list, dict} and _holds_texts(kind) for kind in types):
+        plain = re.fullmatch(r"\[([^][{}\"']+)\]", text)  # patterns such as *.bmp are no YAML
+        items = [item.strip() for item in plain[1].split(",")] if plain else []
+        if items and all(items):
+            return items
         return yaml.load(text, yaml.BaseLoader) if text.startswith(("[", "{")) else text
     value = yaml.load(text, _Loader)
     return text if isinstance(value, str) and not text.startswith(("'", '"')) else value

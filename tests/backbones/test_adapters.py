@@ -211,6 +211,12 @@ def test_other_models_are_refused(name):
     assert "\n" not in str(caught.value)
 
 
+def test_images_of_another_size_are_refused():
+    backbone = backbones.adapt(MODELS["vit"]())
+    with pytest.raises(InputError, match="images of 40×40, but the backbone takes"):
+        backbone(torch.zeros(1, 3, 40, 40))
+
+
 def test_fingerprint_names_the_pretrained_weights(model):
     fingerprint = backbones.adapt(model).fingerprint()
     assert len(fingerprint) == 64

@@ -27,7 +27,7 @@ class Config(dict):
 
 
 class Bomb:
-    """What runs code where a pickle is executed."""
+    """An object that runs code where a pickle is executed."""
 
     def __init__(self, path):
         self.path = path
@@ -97,6 +97,9 @@ HOLDERS = {
     "lightning": lightning,
     "dino": dino,
     "moco": moco,
+    "ema_beside": lambda state: {"model": other(state), "ema": state},
+    "params_ema": lambda state: {"params": other(state), "params_ema": state},
+    "optimizer": lambda state: {"optimizer": {"state": {}}, "net": state},
 }
 
 
@@ -126,7 +129,7 @@ HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "imag
 HF |= {"patch_size": 8, "layer_norm_eps": 1e-6}
 
 
-@pytest.mark.parametrize("form", ["files", "memory"])
+@pytest.mark.parametrize("form", ["file", "folder", "memory"])
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "Dinov2Model"])
 def test_names_of_transformers(small, tmp_path, kind, form):
     name = kind.partition("For")[0].removesuffix("Model")
@@ -134,8 +137,9 @@ def test_names_of_transformers(small, tmp_path, kind, form):
     model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**options))
     perturb(model)
     file = tmp_path / "model.safetensors"
-    if form == "files":
+    if form != "memory":
         model.save_pretrained(tmp_path)
+        file = tmp_path if form == "folder" else file
     else:
         file = tmp_path / "model.pth"
         torch.save(model.state_dict(), file)
@@ -291,6 +295,6 @@ def test_files_that_are_no_weights(small, small_clip, tmp_path):
     with pytest.raises(InputError, match="run git lfs pull"):
         backbones.load(NAME, str(file))
     file.write_text("<!DOCTYPE html>")
-    with pytest.raises(InputError, match="not a file of weights") as error:
+    with pytest.raises(InputError, match=r"not a file of weights .PyTorch.*download") as error:
         backbones.load(NAME, str(file))
     assert not re.search("\n", str(error.value))

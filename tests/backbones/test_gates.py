@@ -146,7 +146,7 @@ def test_an_artefact_keeps_the_gates(tmp_path):
 
 def test_unknown_blocks_are_refused():
     model = tiny.vit()
-    model.blocks[0].attn = nn.Module()
+    model.blocks[0].attn.__class__ = type("Own", (type(model.blocks[0].attn),), {})
     with pytest.raises(InputError, match=r"method\.gated=true.* give method\.gated=false"):
         vpt.attach(model, num_classes=3, gated=True)
 

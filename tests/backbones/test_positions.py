@@ -62,7 +62,7 @@ def test_other_image_sizes_are_refused(name):
 
 
 def region(place, size, window, shift):
-    """Which part of the shifted map a place belongs to: parts in a window do not mix."""
+    """Part of the shifted map that a place belongs to: parts in a window do not mix."""
     return (place >= size - window) + (place >= size - shift) if shift else 0
 
 

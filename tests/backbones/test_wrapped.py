@@ -66,6 +66,17 @@ def test_layers_of_peft_stay():
     assert (features - before).abs().max() > 1e-2
 
 
+def test_peft_on_the_attention_of_open_clip_is_merged_first():
+    config = peft.LoraConfig(target_modules=["attn"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(clip(), config).eval()
+    with pytest.raises(InputError, match=r"give model\.merge_and_unload\(\)"):
+        vpt.attach(wrapped, class_names=NAMES)
+    expected = wrapped.get_base_model().encode_image(images())
+    backbone = backbones.adapt(wrapped.merge_and_unload())
+    torch.testing.assert_close(backbone(images()), expected, rtol=1e-4, atol=1e-5)
+    assert backbone.knows_rows
+
+
 @pytest.mark.parametrize("classes", [0, 3])
 def test_a_wrapper_of_transformers_says_its_preprocessing(classes):
     config = transformers.TimmWrapperConfig(

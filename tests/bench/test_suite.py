@@ -222,9 +222,9 @@ def test_a_grid_on_images(tmp_path, suite, cli):
     assert {result["shots_per"] for result in finals.values()} == {"image"}
     for folder, result in finals.items():
         assert f"{folder.name}: {result['accuracy']:.1%}" in shown
-        code, figures, err = cli("eval", folder / "prompt.safetensors")  # the same split again
+        code, metrics, err = cli("eval", folder / "prompt.safetensors")  # the same split again
         assert code == 0, err
-        assert f"{result['accuracy']:.4f}" in figures
+        assert f"{result['accuracy']:.4f}" in metrics
 
 
 def test_a_run_that_cannot_be_done_stops_no_other(tmp_path, suite, cli):

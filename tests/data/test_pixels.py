@@ -91,6 +91,16 @@ def test_what_fits_a_range():
     assert not fits((0.0, 1.0), (0, 4095))  # another scale: all of it is black
 
 
+def test_images_that_are_all_dark_are_of_another_scale(tmp_path):
+    for name, scale in (("a", 1), ("b", 4)):
+        Image.fromarray(GREY.astype(np.uint16) * scale).save(tmp_path / f"{name}.png")
+    paths, said = sorted(tmp_path.iterdir()), []
+    survey_images(paths[:1]).through((0, 4095), said.append)
+    assert said.pop().startswith("1 of 1 images do not fit the training images' grey values")
+    survey_images(paths).through((0, 4095), said.append)  # one of them is not
+    assert said == []
+
+
 def test_survey_says_what_does_not_fit(tmp_path):
     arrays = {"a": GREY.astype(np.uint16), "b": GREY.astype(np.uint16) * 20, "c": GREY}
     for name, array in arrays.items():

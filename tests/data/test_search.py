@@ -1,4 +1,4 @@
-"""What counts as an image below a folder, and what is left out by which name."""
+"""Images below a folder: which files count, and what is left out by which name."""
 
 import os
 import unicodedata
@@ -46,7 +46,10 @@ def test_every_format_is_found_and_read(tmp_path, suffix):
     assert read_image(path).size == (9, 5)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"])
+@pytest.mark.parametrize(
+    "kind",
+    [*("JPEG", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "BMP"), *("ICO", "PCX", "SGI", "DDS")],
+)
 @pytest.mark.parametrize("name", ["0001", "scan.17", "photo.img"])
 def test_files_of_unknown_suffix_are_known_by_content(tmp_path, kind, name):
     Image.new("RGB", (9, 5), "red").save(tmp_path / name, kind)
@@ -75,6 +78,7 @@ def test_what_is_no_image_is_counted_by_kind(tmp_path):
     [
         *("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
         *("__pycache__", "__MACOSX", ".ipynb_checkpoints", "@Recycle", "$Recycle.Bin"),
+        *("~snapshot", "@sharebin", "Config.Msi", "$Extend", "node_modules", "~$draft"),
     ],
 )
 def test_what_systems_leave_is_no_data(tmp_path, folder):
@@ -84,6 +88,16 @@ def test_what_systems_leave_is_no_data(tmp_path, folder):
     images, left_out, _ = search(tmp_path)
     assert list(images) == ["cat/a.png"]
     assert say(left_out) == "2 hidden or system folders"
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png~", "a.png.bak", "a.png.tmp", "b.jpg.part", "b.jpg.crdownload", "a.PNG.orig"]
+)
+def test_backups_and_unfinished_downloads_are_no_data(tmp_path, name):
+    write_image(tmp_path / "a.png")
+    (tmp_path / name).write_bytes((tmp_path / "a.png").read_bytes())
+    images, left_out, _ = search(tmp_path)
+    assert list(images) == ["a.png"] and left_out == {name: "backups and unfinished downloads"}
 
 
 def test_links_are_followed_and_each_real_folder_is_read_once(tmp_path):
@@ -106,7 +120,9 @@ def test_links_are_followed_and_each_real_folder_is_read_once(tmp_path):
         *("x_mask.png", "x-mask.png", "x.mask.png", "x mask.png", "x_MASK.png", "x_mask_1.png"),
         *("x_mask12.png", "x_seg.png", "x_segmentation.tif", "x_label.png", "x_labels.gif"),
         *("x_gt.bmp", "x_annotation.png", "x_ground_truth.png", "mask_x.png", "masks/x.png"),
-        *("labels/x.png", "masks/x_mask.png"),
+        *("labels/x.png", "masks/x_mask.png", "x_msk.png", "x (mask).png", "x_mask(1).png"),
+        *("x_labelmap.png", "x_labelIds.png", "x_trimap.png", "x_instance_mask.png"),
+        *("_masks/x.png", "segmentation_masks/x.png"),
     ],
 )
 def test_masks_of_images_are_left_out(tmp_path, name):

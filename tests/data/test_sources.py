@@ -166,6 +166,18 @@ def test_folders_that_may_be_parts_are_refused(tmp_path):
     assert source.left_out == {"excluded by extra": 4}
 
 
+def test_parts_of_unknown_spelling_are_refused_though_deeper_or_without_a_class(tmp_path):
+    for part in ("seg_train", "seg_test"):
+        class_folders(tmp_path / "deep" / part / part, ["a", "b"])
+    refused("seg_test, seg_train all hold the folders a, b", tmp_path / "deep")
+    class_folders(tmp_path / "lacks/my_train", ["a", "b", "c"])
+    class_folders(tmp_path / "lacks/my_test", ["a", "b"])
+    refused("my_test, my_train all hold the folders a, b", tmp_path / "lacks")
+    class_folders(tmp_path / "patients/benign", ["1", "2", "3"])
+    class_folders(tmp_path / "patients/malignant", ["1", "2"])
+    assert opened(tmp_path / "patients").class_names == ["benign", "malignant"]
+
+
 def test_a_class_may_hold_folders_of_its_own(tmp_path):
     for name in ("cat/left/1", "cat/right/2", "dog/left/3", "dog/4"):
         draw(tmp_path / f"{name}.png")
@@ -325,7 +337,11 @@ def test_csv_dialects(tmp_path, separator, encoding):
 
 
 @pytest.mark.parametrize(
-    "column", ["patient_id", "Patient", "PatientID", "lesion_id", "Patient ID", "subject"]
+    "column",
+    [
+        *("patient_id", "Patient", "PatientID", "lesion_id", "Patient ID", "subject"),
+        *("PID", "MRN", "ptid", "donor_id", "eye_id", "StudyInstanceUID", "slide_id"),
+    ],
 )
 def test_patients_of_usual_columns_are_kept_apart(tmp_path, column):
     rows = "".join(f"{name}.png,{'xy'[i % 2]},p{i // 2}\n" for i, name in enumerate("abcd"))
@@ -359,6 +375,9 @@ def test_parts_of_usual_columns(tmp_path, column, words):
         ("path,label,lesion\na.png,x,1\n", "column 'lesion' looks like patient"),
         ("path,label,patient_no\na.png,x,1\n", "column 'patient_no' looks like patient"),
         ("path,label,splt\na.png,x,1\n", "line 1: column 'splt' looks like split"),
+        ("path,label,is_valid\na.png,x,1\n", "column 'is_valid' looks like split"),
+        ("path,label,train_or_test\na.png,x,1\n", "column 'train_or_test' looks like split"),
+        ("path,label,mode\na.png,x,train\nb.png,y,TEST\n", "column 'mode' looks like split"),
         ("path,label,is_test\na.png,x,1\n", "column 'is_test' looks like split"),
         ("path,label,fold\na.png,x,3\n", "line 2: split='3'"),
         ("path,label\na.png,x,y\n", "line 2: 3 fields, but the header has 2"),
@@ -420,6 +439,15 @@ def test_paths_of_windows_and_of_both_forms(tmp_path):
     samples = source.parts["all"]
     assert samples.names == [f"img/{whole}/1.png", "img/2.png"]
     assert samples.read(0).size == (4, 4) and source.class_names == ["x", whole]
+
+
+@pytest.mark.parametrize("before", ["C:\\Users\\me\\data\\", "/home/me/data/"])
+def test_absolute_paths_of_another_machine(tmp_path, before):
+    draw(tmp_path / "img/1.png", tmp_path / "other/2.png")
+    path = write_csv(tmp_path, f"path,label\n{before}img/1.png,x\n{before}other/2.png,y\n")
+    assert opened(path).parts["all"].names == ["img/1.png", "other/2.png"]
+    missing = write_csv(tmp_path, f"path,label\n{before}img/1.png,x\n{before}img/2.png,y\n")
+    refused("line 3: .*img/2.png: no such file", missing)
 
 
 def test_csv_parts_of_the_folders(tmp_path):

@@ -1,4 +1,4 @@
-"""Intervals: the weighted figures against scikit-learn's, the resampling against the theory."""
+"""Intervals: the weighted metrics against scikit-learn's, the resampling against the theory."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
 from vpt import targets
-from vpt.evaluation.bootstrap import _areas, class_rates, figure_intervals, intervals
+from vpt.evaluation.bootstrap import _areas, class_rates, intervals, metric_intervals
 from vpt.targets.multiclass import Multiclass
 
 NAMES = ["cat", "dog", "bird"]
@@ -72,21 +72,21 @@ def test_weighted_areas_are_scikit_learns(digits):
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
-def test_intervals_are_of_the_figures(monkeypatch, multilabel):
+def test_intervals_are_of_the_metrics(monkeypatch, multilabel):
     logits, labels = case(multilabel)
-    figures = targets.of(labels).metrics(logits, labels)
-    found = figure_intervals(targets.of(labels), logits, labels, NAMES)
+    metrics = targets.of(labels).metrics(logits, labels)
+    found = metric_intervals(targets.of(labels), logits, labels, NAMES)
     pairs = {name.removesuffix("_interval"): found[name] for name in found if name != "per_class"}
     assert pairs.keys() == {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "auprc"}
     for name, (low, high) in pairs.items():
-        assert low < figures[name] < high, name
+        assert low < metrics[name] < high, name
         assert high - low < 0.35
-    # drawn once each, the resamples are the images: both bounds are the figure itself
+    # drawn once each, the resamples are the images: both bounds are the metric itself
     once = torch.ones(1, len(labels), dtype=torch.float64)
     monkeypatch.setattr("vpt.evaluation.bootstrap._draw", lambda count, patients: [once])
-    for name, pair in figure_intervals(targets.of(labels), logits, labels, NAMES).items():
+    for name, pair in metric_intervals(targets.of(labels), logits, labels, NAMES).items():
         if name != "per_class":
-            assert pair == pytest.approx([figures[name.removesuffix("_interval")]] * 2, abs=1e-6)
+            assert pair == pytest.approx([metrics[name.removesuffix("_interval")]] * 2, abs=1e-6)
 
 
 def test_rates_of_a_class_by_hand():
@@ -113,21 +113,21 @@ def test_all_and_none_have_the_exact_interval():
     assert wrong["specificity_interval"] == pytest.approx([0, 1 - exact[5].low])
     logits = torch.eye(2)[truth[:, 0].long()]
     for trials, names in ((13, None), (7, patients)):
-        found = figure_intervals(Multiclass(), logits, truth[:, 0].long(), NAMES[:2], names)
+        found = metric_intervals(Multiclass(), logits, truth[:, 0].long(), NAMES[:2], names)
         assert found["accuracy_interval"] == pytest.approx([exact[trials].low, 1])
 
 
-def test_many_classes_have_no_figures_of_their_own():
+def test_many_classes_have_no_metrics_of_their_own():
     labels = torch.arange(63) % 21
     names = [str(i) for i in range(21)]
-    found = figure_intervals(Multiclass(), torch.eye(21)[labels], labels, names)
+    found = metric_intervals(Multiclass(), torch.eye(21)[labels], labels, names)
     assert found.keys() == {"accuracy_interval", "balanced_accuracy_interval", "macro_f1_interval"}
 
 
 def test_a_class_that_does_not_occur_is_left_out():
     logits, labels = case()
     labels[labels == 2] = 1
-    found = figure_intervals(targets.of(labels), logits, labels, NAMES)
+    found = metric_intervals(targets.of(labels), logits, labels, NAMES)
     assert found["per_class"]["bird"]["sensitivity"] is None
     low, high = found["balanced_accuracy_interval"]
     assert low < targets.of(labels).metrics(logits, labels)["balanced_accuracy"] < high

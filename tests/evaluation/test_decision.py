@@ -344,7 +344,7 @@ def test_a_decision_needs_calibration_images(tmp_path):
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
-def test_figures(tmp_path, multilabel):
+def test_plots(tmp_path, multilabel):
     logits, labels = case(300, 3)
     names = ["a", "b$", "never"]
     labels = labels % 2
@@ -356,13 +356,13 @@ def test_figures(tmp_path, multilabel):
     roc = draw_roc(target, after, labels, names)
     curves = draw_precision_recall(target, after, labels, names)
     reliability = draw_reliability(target, {"before": before, "after": after}, labels)
-    figures = [roc, curves, reliability]
-    assert [len(figure.axes[0].get_legend().get_texts()) for figure in figures] == [2, 2, 3]
+    plots = [roc, curves, reliability]
+    assert [len(plot.axes[0].get_legend().get_texts()) for plot in plots] == [2, 2, 3]
     if not multilabel:
         risk = draw_risk_coverage(after, labels, refer_below=0.6)
         line = risk.axes[0].lines[0]
         assert line.get_xdata()[-1] == 1
         assert line.get_ydata()[-1] == pytest.approx((after.argmax(1) != labels).float().mean())
-        figures.append(risk)
-    for index, figure in enumerate(figures):
-        save(figure, tmp_path / f"{index}.png")
+        plots.append(risk)
+    for index, plot in enumerate(plots):
+        save(plot, tmp_path / f"{index}.png")

@@ -1,4 +1,4 @@
-"""Figures against scikit-learn, and the order and number of what is evaluated."""
+"""Metrics against scikit-learn, and the order and number of what is evaluated."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def mean_auroc(logits, labels):
 def test_same_as_scikit_learn(seed, present):
     logits, labels = random_case(seed, present)
     predicted = logits.argmax(-1)
-    figures = Multiclass().metrics(logits, labels)
+    metrics = Multiclass().metrics(logits, labels)
     expected = {
         "accuracy": accuracy_score(labels, predicted),
         "balanced_accuracy": np.mean(
@@ -49,20 +49,20 @@ def test_same_as_scikit_learn(seed, present):
         "macro_f1": f1_score(labels, predicted, average="macro", labels=present),
         "auroc": mean_auroc(logits, labels),
     }
-    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert figures["num_test"] == 200
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert metrics["num_test"] == 200
     table = confusion_matrix(labels, predicted, labels=range(CLASSES))
     assert np.array_equal(confusion(logits, labels).numpy(), table)
 
 
 def test_same_as_scikit_learns_own_names_where_all_classes_occur():
     logits, labels = random_case(0, [0, 1, 2, 3, 4])
-    figures = Multiclass().metrics(logits, labels)
+    metrics = Multiclass().metrics(logits, labels)
     predicted, probabilities = logits.argmax(-1), logits.softmax(-1)
-    assert figures["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     auroc = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
-    assert figures["auroc"] == pytest.approx(auroc, abs=1e-6)
-    assert figures["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert metrics["auroc"] == pytest.approx(auroc, abs=1e-6)
+    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
 def test_binary():
@@ -75,18 +75,18 @@ def test_binary():
 
 def test_one_class_has_no_auroc():
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [2.0, 0.0, 1.0]])
-    figures = Multiclass().metrics(logits, torch.zeros(3, dtype=torch.long))
-    assert figures["auroc"] is None
-    assert figures["accuracy"] == figures["balanced_accuracy"] == pytest.approx(2 / 3)
-    assert figures["macro_f1"] == pytest.approx(0.8)
+    metrics = Multiclass().metrics(logits, torch.zeros(3, dtype=torch.long))
+    assert metrics["auroc"] is None
+    assert metrics["accuracy"] == metrics["balanced_accuracy"] == pytest.approx(2 / 3)
+    assert metrics["macro_f1"] == pytest.approx(0.8)
 
 
 def test_a_class_that_cannot_be_predicted():
     logits, labels = random_case(0, [0, 1, 2])
     logits[:, 4] = -torch.inf  # as linear_probe gives for a class without training images
-    figures = Multiclass().metrics(logits, labels)
-    assert figures["auroc"] == pytest.approx(mean_auroc(logits, labels), abs=1e-6)
-    assert all(0 <= value <= 1 for name, value in figures.items() if name != "num_test")
+    metrics = Multiclass().metrics(logits, labels)
+    assert metrics["auroc"] == pytest.approx(mean_auroc(logits, labels), abs=1e-6)
+    assert all(0 <= value <= 1 for name, value in metrics.items() if name != "num_test")
 
 
 def test_calibration_error_by_hand():

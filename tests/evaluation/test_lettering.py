@@ -7,7 +7,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 import torch
-from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.font_manager import FontEntry, FontProperties, findfont, fontManager
 from matplotlib.text import Text
 from tiny import write_image
 
@@ -25,7 +25,7 @@ from vpt.evaluation.plots import (
 )
 from vpt.explain import explain_images
 from vpt.folder import RunFolder
-from vpt.report.figures import draw_figures
+from vpt.report.plots import draw_plots
 
 NAMES = ["Löwe", "猫", "a\tb", "Ж$x$", "แมว"]
 SHOWN = ["Löwe", "#2", "#3", "Ж$x$", "#5"]
@@ -78,7 +78,7 @@ def test_curves(tmp_path):
 
 
 def test_quickstart(tmp_path):
-    """Its figure, of digits that have Chinese names."""
+    """Its plot, of digits that have Chinese names."""
     names, configs, rows = [*"〇一二三四五六七八九"], [], []
     for method in ("zero_shot", "linear_probe"):
         classes = f"data.classes=[{','.join(names)}]"
@@ -114,8 +114,8 @@ def test_report():
     curves = pd.DataFrame(
         columns=["data", "backbone", "method", "shots", "epoch", "accuracy", "val_accuracy", "loss"]
     )
-    drawings = draw_figures(cells, curves)["猫"]
-    assert drawings and all("#2 提示" in drawing.caption for drawing in drawings)
+    plots = draw_plots(cells, curves)["猫"]
+    assert plots and all("#2 提示" in plot.caption for plot in plots)
 
 
 def test_a_font_that_has_the_letters_is_used(tmp_path, monkeypatch):
@@ -129,3 +129,10 @@ def test_a_font_that_has_the_letters_is_used(tmp_path, monkeypatch):
         letter(figure)
         assert len(text.get_family()) > 1 and text.get_family()[0] == "cmr10"
         save(figure, tmp_path / "greek.png")
+
+
+def test_a_font_without_a_regular_weight_is_taken_in_silence(monkeypatch, caplog):
+    light = FontEntry(findfont("DejaVu Sans"), 0, "Light Only", "normal", "normal", 200, "normal")
+    monkeypatch.setattr(fontManager, "ttflist", [light])
+    assert "x" in lettering._letters("Light Only")
+    assert caplog.records == []

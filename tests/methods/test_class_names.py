@@ -40,7 +40,7 @@ def test_on_a_clip_they_are_taken_or_refused(method, multilabel, tmp_path):
     logits = again(images())
     assert torch.equal(logits, expected.eval()(images()))
     torch.testing.assert_close(again.fold()(images()), logits)
-    # what a class is answered does not depend on the others
+    # a class's logit does not depend on the others
     torch.testing.assert_close(logits[:, 1], model.eval()(images())[:, 0])
     again = vpt.load(vpt.save(again, tmp_path / "again.safetensors"), backbone)
     assert torch.equal(again(images()), logits)
@@ -71,3 +71,17 @@ def test_class_embeddings_of_cocoop_need_features():
         with pytest.raises(InputError, match=r"need image features: text_features\(features\)"):
             form.text_features()
         assert form.text_features(form.features(images())).shape == (3, len(NAMES), 16)
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["cat", "cat "], "twice, cat"),
+        (["\u00e9", "e\u0301"], "twice"),
+        (["a", " "], "' ' is empty"),
+        ((name for name in "ab"), "is a generator: give a list"),
+    ],
+)
+def test_names_that_look_alike_or_are_none_are_refused(names, match):
+    with pytest.raises(InputError, match=match):
+        vpt.attach(vit(), "linear_probe", class_names=names)

@@ -14,7 +14,7 @@ from vpt.accelerator import make_accelerator
 from vpt.errors import InputError
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch
-from vpt.methods.linear_probe import FOLDS, solve_head
+from vpt.methods.linear_probe import SPLITS, solve_head
 from vpt.training.features import image_features
 from vpt.training.training_set import Batches
 
@@ -36,31 +36,31 @@ def solved(method, rest):
     return head
 
 
-def prepare(method, folds, epoch=0):
-    method.before_epoch(hooks.epoch(method, features(), LABELS, folds, number=epoch))
+def prepare(method, splits, epoch=0):
+    method.before_epoch(hooks.epoch(method, features(), LABELS, splits, number=epoch))
 
 
-def test_each_fold_has_the_probe_of_the_other_folds():
-    method, folds = model(), torch.arange(30) // 3 % FOLDS
-    prepare(method, folds)
-    for fold in range(FOLDS):
-        expected = solved(method, folds != fold)
-        torch.testing.assert_close(method.fold_weights[fold], expected.weight.data)
-        torch.testing.assert_close(method.fold_biases[fold], expected.bias.data)
-    torch.testing.assert_close(method.fold_weights[FOLDS], method.head.weight)
+def test_each_split_has_the_probe_of_the_other_splits():
+    method, splits = model(), torch.arange(30) // 3 % SPLITS
+    prepare(method, splits)
+    for split in range(SPLITS):
+        expected = solved(method, splits != split)
+        torch.testing.assert_close(method.split_weights[split], expected.weight.data)
+        torch.testing.assert_close(method.split_biases[split], expected.bias.data)
+    torch.testing.assert_close(method.split_weights[SPLITS], method.head.weight)
     expected = solved(method, torch.full((30,), True))
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)
 
 
-def test_the_loss_of_an_image_is_by_the_head_of_its_fold():
-    method, folds = model(), torch.arange(30) // 3 % (FOLDS + 1)
-    prepare(method, folds)
-    inputs, labels, held = tiny.images(3), torch.tensor([2, 0, 1]), torch.tensor([4, FOLDS, 1])
+def test_the_loss_of_an_image_is_by_the_head_of_its_split():
+    method, splits = model(), torch.arange(30) // 3 % (SPLITS + 1)
+    prepare(method, splits)
+    inputs, labels, held = tiny.images(3), torch.tensor([2, 0, 1]), torch.tensor([4, SPLITS, 1])
     seen = method.features(inputs)
     expected = torch.stack(
         [
-            F.linear(x, method.fold_weights[fold], method.fold_biases[fold])
-            for x, fold in zip(seen, held, strict=True)
+            F.linear(x, method.split_weights[split], method.split_biases[split])
+            for x, split in zip(seen, held, strict=True)
         ]
     )
     loss = CrossEntropy(method.target)
@@ -71,42 +71,42 @@ def test_the_loss_of_an_image_is_by_the_head_of_its_fold():
 
 
 def test_the_penalty_is_chosen_before_the_first_epoch_only():
-    method, folds = model(), torch.arange(30) // 3 % FOLDS
-    prepare(method, folds)
+    method, splits = model(), torch.arange(30) // 3 % SPLITS
+    prepare(method, splits)
     method.penalties.fill_(1e-5)
-    prepare(method, folds, epoch=1)
+    prepare(method, splits, epoch=1)
     assert method.penalties.unique().tolist() == pytest.approx([1e-5])
     assert method.head.weight.abs().max() < 1e-2
 
 
-def test_a_class_that_only_one_fold_has_keeps_the_head_of_all_images():
+def test_a_class_that_only_one_split_has_keeps_the_head_of_all_images():
     method = model()
     prepare(method, torch.where(LABELS == 2, 0, 1 + torch.arange(30) % 4))
-    torch.testing.assert_close(method.fold_weights[0, 2], method.head.weight[2])
-    assert method.fold_biases.abs().max() < 100
+    torch.testing.assert_close(method.split_weights[0, 2], method.head.weight[2])
+    assert method.split_biases.abs().max() < 100
 
 
-def test_every_image_comes_with_its_own_fold():
+def test_every_image_comes_with_its_own_split():
     seen, data = [], samples(np.arange(24) % 2, [f"p{index // 2}" for index in range(24)])
     method = vpt.attach(tiny.vit(), "vpt_deep", num_classes=2, gated=True, head="crossfit")
     by_image = {}
     real = method.step
 
     def spy(batch, loss):
-        for image, fold in zip(batch.inputs, batch.columns["split"], strict=True):
-            seen.append((image.sum().item(), fold.item()))
+        for image, split in zip(batch.inputs, batch.columns["split"], strict=True):
+            seen.append((image.sum().item(), split.item()))
         return real(batch, loss)
 
     method.step = spy
     images = loader(method, data, workers=1)
     vpt.fit(method, images, config={"epochs": 2})
-    for key, fold in seen:
-        assert by_image.setdefault(key, fold) == fold
+    for key, split in seen:
+        assert by_image.setdefault(key, split) == split
     assert len(by_image) == 24
     plain = [image.sum().item() for batch, _ in _in_order(method, data) for image in batch]
-    folds = [by_image[key] for key in plain]
-    assert folds[::2] == folds[1::2]  # a patient's images are in one fold
-    assert set(folds) == set(range(FOLDS))
+    splits = [by_image[key] for key in plain]
+    assert splits[::2] == splits[1::2]  # a patient's images are in one split
+    assert set(splits) == set(range(SPLITS))
 
 
 def _in_order(method, data):
@@ -152,13 +152,13 @@ def test_multilabel():
     history = vpt.fit(method, loader(method, samples(labels)), config={"epochs": 2})
     assert all(np.isfinite(record["loss"]) for record in history)
     assert method.penalties.shape == (3,)
-    assert method.fold_weights.flatten(1).norm(dim=1).gt(0).all()
+    assert method.split_weights.flatten(1).norm(dim=1).gt(0).all()
 
 
 def test_one_image_a_class():
     method = model()
     vpt.fit(method, loader(method, samples([0, 1, 2])), config={"epochs": 1})
-    assert torch.equal(method.fold_weights[0], method.fold_weights[FOLDS])  # nothing is held out
+    assert torch.equal(method.split_weights[0], method.split_weights[SPLITS])  # nothing is held out
 
 
 def test_few_images_have_more_epochs():
@@ -181,7 +181,7 @@ def test_prompts_are_pruned_before_the_heads_are_solved():
     images = loader(method, samples(LABELS.numpy()))
     vpt.fit(method, images, config={"epochs": 2, "warmup_epochs": 0})
     assert not method.mask.all()
-    folds = torch.arange(30) // 3 % FOLDS
+    splits = torch.arange(30) // 3 % SPLITS
 
     def seen():
         with torch.no_grad():
@@ -189,8 +189,8 @@ def test_prompts_are_pruned_before_the_heads_are_solved():
 
     inputs = tiny.images(30)
     method.mask.fill_(1)
-    batches = [Batch(inputs, LABELS, {"split": folds})]
-    method.before_epoch(hooks.epoch(method, seen, LABELS, folds, number=1, batches=batches))
+    batches = [Batch(inputs, LABELS, {"split": splits})]
+    method.before_epoch(hooks.epoch(method, seen, LABELS, splits, number=1, batches=batches))
     expected = nn.Linear(32, 3)
     solve_head(expected, method.target, seen(), LABELS, method.penalties)
     torch.testing.assert_close(method.head.weight.data, expected.weight.data)
@@ -201,9 +201,9 @@ def test_prompts_are_pruned_before_the_heads_are_solved():
 def test_images_of_one_class_are_refused(label):
     method = vpt.attach(tiny.vit(), num_classes=2, head="crossfit")
     images = loader(method, samples([label] * 6))
-    for folds in (None, 2):
+    for splits in (None, 2):
         with pytest.raises(InputError, match="all training images are of one class"):
-            vpt.fit(method, images, config={"epochs": 1, "folds": folds})
+            vpt.fit(method, images, config={"epochs": 1, "folds": splits})
 
 
 def test_heads_are_solved_on_images_without_augmentation():

@@ -290,7 +290,7 @@ def test_prolip(attach, name):
 @pytest.mark.parametrize("head", [None, nn.Sequential(nn.Linear(16, 16), nn.GELU())])
 @pytest.mark.parametrize("family", ["clip_custom_text", "coca", "eva02_clip", "swin_clip"])
 def test_prolip_starts_as_zero_shot(family, head):
-    """Whether a tower projects by a matrix, otherwise or not at all."""
+    """A tower may project by a matrix, otherwise or not at all."""
     backbone, names = build(family), ["cat", "dog", "owl"]
     has_head = hasattr(backbone.visual, "head")
     if head and not has_head:

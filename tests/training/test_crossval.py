@@ -12,13 +12,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import vpt
 from vpt.config import EngineConfig
+from vpt.data import loaders
+from vpt.data.images import Samples
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import predict
 from vpt.losses.class_balanced import ClassBalanced
+from vpt.progress import TrainingBar
 from vpt.targets.multiclass import Multiclass
 from vpt.training import crossval
 from vpt.training import fit as train
-from vpt.training.crossval import training_helps
+from vpt.training.crossval import judged_parts, training_helps
 from vpt.training.training_set import TrainingSet
 
 
@@ -26,7 +29,7 @@ def judge(model, data, learn, start=lambda images: None, balanced=False):
     lines, before = [], {name: t.clone() for name, t in model.artifact_tensors().items()}
     steps = (start, learn, partial(predict, model))
     images = TrainingSet(loader(model, data), model.target, len(model.class_names))
-    helps = training_helps(model, images, 3, balanced, *steps, lines.append)
+    helps = training_helps(model, images, judged_parts(images, 3), balanced, *steps, lines.append)
     torch.testing.assert_close(dict(model.artifact_tensors()), before, rtol=0, atol=0)
     return helps, lines
 
@@ -70,6 +73,31 @@ def test_held_out_images_and_patients_are_not_learned_from():
         assert patients.isdisjoint(part.patients)
 
 
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_every_image_is_decoded_once_a_run(monkeypatch, augment):
+    monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
+    reads, read = [], Samples.read
+
+    def spy(self, index, **options):
+        reads.append(self.names[index])
+        return read(self, index, **options)
+
+    monkeypatch.setattr(Samples, "read", spy)
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    data = samples([0, 1] * 6)
+    vpt.fit(model, loader(model, data, augment=augment), config={"epochs": 2, "folds": 2})
+    # augmented images start from the whole picture, plain ones are kept as crops
+    assert sorted(reads) == sorted(data.names * (1 if augment == "none" else 2))
+
+
+def test_images_that_do_not_fit_into_memory_are_said(monkeypatch):
+    monkeypatch.setattr(loaders, "CACHE_BYTES", 3 * 32 * 32 * 3)
+    model, lines = vpt.attach(tiny.vit(), num_classes=2), []
+    images = loader(model, samples([0, 1] * 6))
+    vpt.fit(model, images, config={"epochs": 1}, log=lines.append)
+    assert any("memory: 9 of 12 images do not fit" in line for line in lines)
+
+
 def test_patients_of_both_classes():
     labels, patients = [0, 1, 1, 1, 0, 1, 1, 0], ["p0"] * 5 + ["p1"] * 2 + ["p2"]
     model = vpt.attach(tiny.vit(), num_classes=2)
@@ -80,7 +108,7 @@ def test_a_rare_class_does_not_stop_the_others():
     model = vpt.attach(tiny.vit(), num_classes=3)
     data, lines = samples([0] * 12 + [1] * 11 + [2]), []
     vpt.fit(model, loader(model, data), config={"epochs": 1, "folds": 3}, log=lines.append)
-    assert "of 23 held-out" in lines[-1]  # without the one that no fold can learn
+    assert "of 23 held-out" in lines[-1]  # without the one that no split can learn
 
 
 def test_balanced_classes_count_alike():
@@ -93,7 +121,7 @@ def test_balanced_classes_count_alike():
     assert helps == [True, False]
 
 
-def test_the_loss_is_of_all_images_after_the_folds(monkeypatch):
+def test_the_loss_is_of_all_images_after_the_splits(monkeypatch):
     monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
     model = vpt.attach(tiny.vit(), num_classes=2)
     used, real = [], model.step
@@ -139,7 +167,7 @@ def test_a_resumed_fit_is_not_judged_again(tmp_path, monkeypatch):
     assert fit("stopped") == (False, expected)
 
 
-def test_the_run_compiles_after_folds_that_do_not(monkeypatch):
+def test_the_run_compiles_after_splits_that_do_not(monkeypatch):
     monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
     compiled, make = [], train.make_accelerator
 
@@ -151,7 +179,7 @@ def test_the_run_compiles_after_folds_that_do_not(monkeypatch):
     model = vpt.attach(tiny.vit(), num_classes=2)
     config, engine = {"epochs": 1, "folds": 2}, EngineConfig(compile=True)
     vpt.fit(model, loader(model, samples([0, 1] * 4)), config=config, engine=engine)
-    assert compiled == [True, False, False, True]  # before, in each fold, and after
+    assert compiled == [True, False, False, True]  # before, in each split, and after
 
 
 def test_the_default_recipe_falls_back_to_the_linear_probe():
@@ -178,8 +206,8 @@ def test_multilabel():
     assert "of 12 held-out" in " ".join(lines)
 
 
-def answers(first, trained, labels):
-    """As `judge`, of these answers to images with these labels: before training, and after."""
+def helps(first, trained, labels):
+    """`judge` of these logits of images with these labels: before training, and after."""
     model = vpt.attach(tiny.vit(), num_classes=first.shape[1], multilabel=labels.ndim == 2)
     data = samples(labels)
     logits = {
@@ -195,7 +223,9 @@ def answers(first, trained, labels):
 
     images = TrainingSet(loader(model, data), model.target, len(model.class_names))
     nothing = lambda _: None  # noqa: E731
-    return training_helps(model, images, 3, False, nothing, nothing, predict, nothing)
+    return training_helps(
+        model, images, judged_parts(images, 3), False, nothing, nothing, predict, nothing
+    )
 
 
 def test_surer_is_not_better():
@@ -203,23 +233,23 @@ def test_surer_is_not_better():
     first = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     first += 1.0 * F.one_hot(labels)
     better = first + 0.5 * F.one_hot(labels)
-    assert not answers(first, 4 * first, labels.numpy())
-    assert not answers(4 * better, first, labels.numpy())
-    assert answers(first, 4 * better, labels.numpy())
+    assert not helps(first, 4 * first, labels.numpy())
+    assert not helps(4 * better, first, labels.numpy())
+    assert helps(first, 4 * better, labels.numpy())
 
 
-def test_a_class_that_no_fold_learned_does_not_make_surer_better():
+def test_a_class_that_no_split_learned_does_not_make_surer_better():
     labels = torch.cat([torch.arange(60) % 3, torch.tensor([3])])
     first = torch.randn(61, 4, generator=torch.Generator().manual_seed(0))
     first += 1.0 * F.one_hot(labels)
     surer = 4 * first
     first[:, 3] = surer[:, 3] = -1e4
-    assert not answers(first, surer, labels.numpy())
+    assert not helps(first, surer, labels.numpy())
     marks = F.one_hot(labels)[:, [0, 3]]  # multilabel, with one image of the second class
-    assert not answers(first[:, [0, 3]] - 0.5, surer[:, [0, 3]] - 2, marks.numpy())
+    assert not helps(first[:, [0, 3]] - 0.5, surer[:, [0, 3]] - 2, marks.numpy())
 
 
-def test_a_fold_with_nothing_to_judge_is_left_out(monkeypatch):
+def test_a_split_with_nothing_to_judge_is_left_out(monkeypatch):
     parts = [(np.arange(8), np.arange(8, 10)), (np.arange(2, 10), np.arange(2))]
     monkeypatch.setattr(Multiclass, "splits", lambda *_: parts)
     model, seen = vpt.attach(tiny.vit(), num_classes=3), []
@@ -232,7 +262,7 @@ def test_all_right_is_not_worse_than_a_few_wrong():
     unsure = 0.2 * F.one_hot(labels)
     wrong = 8.0 * F.one_hot(labels)
     wrong[:2] = -wrong[:2]
-    assert not answers(unsure, wrong, labels.numpy())
+    assert not helps(unsure, wrong, labels.numpy())
 
 
 @pytest.mark.parametrize(("enough", "count"), [(10, 1), (11, 2), (30, 3)])
@@ -269,3 +299,34 @@ def test_a_loader_without_batches_is_refused():
     batches = DataLoader([(tiny.images(1)[0], 0)], 2, drop_last=True)
     with pytest.raises(InputError, match=r"train\.folds=3: the DataLoader has no batch"):
         vpt.fit(model, batches, config={"folds": 3})
+
+
+@pytest.mark.parametrize("level", [2, 0])  # always trained, never
+def test_one_bar_counts_the_batches_of_all_stages(monkeypatch, level):
+    monkeypatch.setattr(crossval, "LEVEL", level)
+    counted, moved = [], []
+    next_stage, tick, move = TrainingBar.next_stage, TrainingBar.tick, TrainingBar._move
+
+    def spy_stage(self):
+        next_stage(self)
+        counted.append([self._size, 0])
+
+    def spy_tick(self):
+        tick(self)
+        counted[-1][1] += 1
+
+    def spy_move(self, done, **shown):
+        move(self, done, **shown)
+        moved.append(done / self.total)
+
+    monkeypatch.setattr(TrainingBar, "next_stage", spy_stage)
+    monkeypatch.setattr(TrainingBar, "tick", spy_tick)
+    monkeypatch.setattr(TrainingBar, "_move", spy_move)
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    config = {"epochs": 2, "folds": 2, "min_steps": 6}
+    vpt.fit(model, loader(model, samples([0, 1] * 12)), config=config)
+    part = 2 + 3 * (2 + 1)  # 2 passes before it and after it, and 3 epochs of a pass and 2 steps
+    assert counted[:2] == [[part, part]] * 2
+    assert counted[2] == [2 * 3 + 3, 2 * 3 + 3 if level else 1]
+    assert moved[-1] == 1
+    assert max(moved) == 1

@@ -258,7 +258,7 @@ def test_a_checkpoint_is_not_kept_twice(tmp_path):
     assert "state_dict" not in backbones.load(name, str(path)).model.pretrained_cfg
 
 
-def test_names_with_dollars_are_drawn_and_figures_kept(tmp_path):
+def test_names_with_dollars_are_drawn_and_plots_kept(tmp_path):
     write_folder(tmp_path / "images", classes=("US$_$", "b$frac"))
     run(settings(tmp_path), log=quiet)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["num_test"] == 6

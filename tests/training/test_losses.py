@@ -54,7 +54,7 @@ def test_a_class_without_images_breaks_nothing(name):
 
 
 def fit(loss, method="random_prompts", labels=None):
-    """Share of the images that are taken for the rare class, which nothing tells from the other."""
+    """Proportion of images that are predicted as the rare class, which nothing tells apart."""
     torch.manual_seed(0)
     labels = (torch.arange(40) < 4).long() if labels is None else labels
     data = TensorDataset(images(40), labels)
@@ -100,7 +100,7 @@ def test_the_linear_probe_to_start_from_weighs_the_classes_as_the_loss_does(loss
     made, biases = make(loss, labels.bincount()), []
     for used in (None, made):
         model.before_epoch(epoch(model, features, labels, splits, loss=used))
-        biases.append([model.head.bias.clone(), getattr(model, "fold_biases", torch.zeros(2))])
+        biases.append([model.head.bias.clone(), getattr(model, "split_biases", torch.zeros(2))])
     shift = made.log_weights.float()
     torch.testing.assert_close(biases[1][0] - biases[0][0], shift)
     if head == "crossfit":

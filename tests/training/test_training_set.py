@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, WeightedR
 import vpt
 from vpt.data.images import Samples
 from vpt.data.loaders import make_loader
-from vpt.methods.linear_probe import FOLDS
+from vpt.methods.linear_probe import SPLITS
 from vpt.targets.multiclass import Multiclass
-from vpt.training.crossval import assign_folds
+from vpt.training.crossval import assign_splits
 from vpt.training.training_set import TrainingSet
 
 IMAGES, LABELS = tiny.images(24), torch.arange(24) % 3
@@ -138,8 +138,8 @@ def test_patients_of_a_loader_that_does_not_shuffle_stay_together():
     patients = [f"p{index // 2}" for index in range(12)]
     samples = Samples(pixels, np.arange(12) // 2 % 2, [str(i) for i in range(12)], patients)
     preprocess = vpt.attach(tiny.vit(), num_classes=2).backbone.preprocess
-    folds = assign_folds(TrainingSet(make_loader(samples, preprocess, 4), Multiclass(), 3), 3)
-    assert folds[::2].tolist() == folds[1::2].tolist()
+    splits = assign_splits(TrainingSet(make_loader(samples, preprocess, 4), Multiclass(), 3), 3)
+    assert splits[::2].tolist() == splits[1::2].tolist()
 
 
 @pytest.mark.parametrize("head", ["crossfit", "probe"])
@@ -164,10 +164,10 @@ def test_own_loaders_give_images_in_order_without_decoding_for_labels(monkeypatc
         patch.setattr(Samples, "read", None)
         assert images.labels.tolist() == samples.labels.tolist()
         assert images.patients == patients
-    folds = assign_folds(images, 3)
-    assert folds[::2].tolist() == folds[1::2].tolist()
-    _, plain = images.numbered(folds, other=3)
-    assert torch.cat([numbers for *_, numbers in plain]).tolist() == folds.tolist()
+    splits = assign_splits(images, 3)
+    assert splits[::2].tolist() == splits[1::2].tolist()
+    _, plain = images.numbered(splits, other=3)
+    assert torch.cat([numbers for *_, numbers in plain]).tolist() == splits.tolist()
     learn, test = images.part(np.arange(6), learn=True), images.part(np.arange(6), learn=False)
     assert (learn.dataset.augmentation, test.dataset.augmentation) == ("crop_flip", "none")
 
@@ -189,8 +189,8 @@ def test_the_recipe_on_ones_own_loader(name):
     model.step = spy
     vpt.fit(model, loaders()[name], config=config)
     assert {key for key, _ in seen} == set(keys(IMAGES[4:]))  # and never the four left out
-    assert len(seen) == 20  # an image's fold is the same in both epochs
-    assert {fold for _, fold in seen} == set(range(FOLDS))
+    assert len(seen) == 20  # an image's split is the same in both epochs
+    assert {split for _, split in seen} == set(range(SPLITS))
     config = config.model_copy(update={"folds": 3})
     vpt.fit(model, loaders()[name], config=config, log=lines.append)
     assert "of 20 held-out" in lines[-1]

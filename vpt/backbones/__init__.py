@@ -21,7 +21,7 @@ from vpt import resources
 from vpt.backbones import clip
 from vpt.backbones._checkpoints import is_numpy, load_numpy, misfit, read_clip, read_timm
 from vpt.backbones._families import families, find_family
-from vpt.backbones._wrapped import unwrap
+from vpt.backbones._wrapped import is_of, unwrap
 from vpt.backbones.base import Backbone, share
 from vpt.backbones.text import TextTower
 from vpt.config import BackboneConfig, BackbonePreset, validate
@@ -41,8 +41,8 @@ def adapt(model: Any, text_tower: type[TextTower] | None = None) -> Backbone:
         text_tower: one's own family, in place of the one that fits the model's text tower.
 
     Raises:
-        InputError: no family knows this type of model, its weights are in half precision, or it
-            has no text tower to take as `text_tower`.
+        InputError: no family knows this type of model, its weights are in half precision, quantised
+            or change at each pass, or it has no text tower to take as `text_tower`.
     """
     model = unwrap(model)
     half = next((p.dtype for p in model.parameters() if p.dtype.itemsize < 4), None)
@@ -54,6 +54,11 @@ def adapt(model: Any, text_tower: type[TextTower] | None = None) -> Backbone:
     if any(not isinstance(value, Tensor) for value in model.state_dict().values()):
         raise InputError(
             f"{type(model).__name__} has quantised layers: give the model before quantisation"
+        )
+    if any(is_of("peft", m) and type(m).__name__ == "MultiheadAttention" for m in model.modules()):
+        raise InputError(
+            "PEFT's layers on nn.MultiheadAttention change its weights at each pass: give "
+            "model.merge_and_unload()"
         )
     if isinstance(model, Backbone):
         adapted = share(model)
@@ -76,9 +81,9 @@ def load(name: str, checkpoint: str | None = None) -> Backbone:
 
     Args:
         name: `timm:` or `open_clip:` before it says whose, where both could know it (hub names).
-        checkpoint: a local file of weights (safetensors, or a pickle of tensors only), a folder
-            with the files of an open_clip model's hub page, an open_clip tag such as `openai`, or
-            None for the name's own default.
+        checkpoint: a local file of weights (safetensors, a pickle, of which only tensors are made,
+            or the ViT authors' .npz), a folder with the files of a model's hub page, an open_clip
+            tag such as `openai`, or None for the name's own default.
 
     Raises:
         InputError: unknown name, weights that are missing, unreadable or of another model, or
@@ -168,7 +173,7 @@ def _open_clip(name: str, checkpoint: str | None) -> nn.Module:
 
 
 def _text_tower(folder: Path) -> dict[str, Any]:
-    """What makes open_clip build a text tower of Hugging Face from `folder`, not from the hub."""
+    """open_clip's text settings that read a Hugging Face tower from `folder`, not from the hub."""
     path = folder / "open_clip_config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no open_clip_config.json: give a folder with a model's files")
@@ -208,9 +213,10 @@ def load_tiny_clip(folder: Path = TINY_CLIP) -> open_clip.CLIP:
 
 def _file(checkpoint: str) -> Path:
     path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise InputError(f"backbone.checkpoint={checkpoint}: no such file, nor a tag of this model")
-    return path
+    for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):  # a hub's folder
+        if file.is_file():
+            return file
+    raise InputError(f"backbone.checkpoint={checkpoint}: no such file, nor a tag of this model")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from vpt.backbones._prompts import LayerPrompts
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, parts: slice
 ) -> tuple[Tensor, ...]:
-    """Those `parts` of (query, key, value) of x (B, N, width), each (B, heads, N, head_dim).
+    """The `parts` of (query, key, value) of x (B, N, width), each (B, heads, N, head_dim).
 
     Weight (3·dim, width) and bias (3·dim) hold the three projections one after the other.
     """

@@ -19,8 +19,9 @@ State = dict[str, Tensor]
 
 # Which part of a training's checkpoint its own evaluation reads; the first that is there.
 _PARTS = (
-    *("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "module"),
-    *("model_state_dict", "backbone", "encoder"),
+    *("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "teacher"),
+    *("state_dict", "model", "module", "model_state_dict", "model_state", "net", "network"),
+    *("weights", "params", "backbone", "encoder"),
 )
 _TOWERS = ("teacher", "base_encoder", "encoder_q", "ema")  # the same of names within a part
 # Whatever stands before these names stands before all of the model's.
@@ -145,6 +146,10 @@ def _content(path: Path) -> Any:
             f"{path}: a TorchScript archive, which runs code: torch.save the state_dict() of "
             "torch.jit.load(FILE); of OpenAI's, backbone.checkpoint=openai loads the same weights, "
             "and they fit names with -quickgelu"
+        )
+    if head[:1] != b"\x80" and not is_zipfile(path):
+        raise InputError(
+            f"{path}: not a file of weights (PyTorch's, safetensors or .npz): download it again"
         )
     with safe_globals(_stand_ins(path)):
         return torch.load(path, map_location="cpu", weights_only=True)

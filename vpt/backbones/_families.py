@@ -1,4 +1,4 @@
-"""Which adapter a model gets: every module of this package that has one is asked."""
+"""Finds the adapter of a model by asking every module of this package that has one."""
 
 import importlib
 import pkgutil

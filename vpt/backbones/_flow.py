@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Flow:
-    """Which of the tokens are prompts, block by block.
+    """Place of the prompts among the tokens, block by block.
 
     Attributes:
         count: how many tokens are prompts now: the last ones, or those after the prefix tokens.
@@ -97,8 +97,8 @@ class Flow:
 
     def _blend(self, index: int, outputs: Tensor, others: Tensor) -> Tensor:
         """Prompts (B, P, width) that enter block `index`, from outputs of the block before."""
-        share = self.prompts.mix[..., index - self.prompts.layers[0] - 1, None, None]
-        return share * outputs + (1 - share) * others
+        kept = self.prompts.mix[..., index - self.prompts.layers[0] - 1, None, None]
+        return kept * outputs + (1 - kept) * others
 
     def _seen(self, index: int, tokens: Tensor, rows: Rows | None) -> LayerPrompts | None:
         prompts, mask, gate = self.prompts, None, None

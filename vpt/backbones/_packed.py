@@ -37,6 +37,8 @@ class PackedSuffixes(nn.Module):
         ends = prefix_length + lengths[order].cumsum(0) - 1
         self.register_buffer("ids", torch.cat(suffixes), persistent=False)
         self.register_buffer("positions", positions, persistent=False)
+        texts = order.repeat_interleave(lengths[order])  # whose each packed token is
+        self.register_buffer("texts", texts, persistent=False)
         self.register_buffer("ends", ends, persistent=False)
         longest = int(lengths.max())
         # of each token of a text, the prefix's first: itself and what stands before it
@@ -64,6 +66,35 @@ class PackedSuffixes(nn.Module):
             if spent:
                 prompt = prompts[index].to(x.dtype).expand(len(x), -1, -1)
                 x = torch.cat([x[:, :start], prompt, x[:, start:]], 1)
+        return self._finish(tower, last, x)
+
+    def resume(
+        self, tower: "Tower", states: Tensor, first: int, prompts: Tensor, proportion: float
+    ) -> Tensor:
+        """Text features (C, dim) of texts that have run through the blocks before `first`.
+
+        Args:
+            tower: one that `knows_rows`.
+            states: (C, T, width), without the prefix's prompts.
+            first: block that the prompts enter at.
+            prompts: (blocks from `first` on, M, width): the prefix is BOS and these.
+            proportion: of the prompts' outputs in what enters the next block.
+        """
+        start, count = tower.start, prompts.shape[1]
+        places = self.positions[self.prefix_length :] - count
+        x = torch.cat([states[0, :start], prompts[0], states[self.texts, places]])[None]
+        *blocks, last = tower.parts.transformer.resblocks[first:]
+        for prompt, block in zip(prompts[1:], blocks, strict=True):
+            spent = range(start, start + (0 if proportion else count))
+            x = tower.remember(self._block, block, x, spent)
+            old = x[:, start : start + count] if proportion else 0
+            new = (proportion * old + (1 - proportion) * prompt).to(x.dtype)
+            new = new.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :start], new, x[:, start + count - len(spent) :]], 1)
+        return self._finish(tower, last, x)[0]
+
+    def _finish(self, tower: "Tower", last: ResidualAttentionBlock, x: Tensor) -> Tensor:
+        """Text features (B, C, dim): the last block needs the queries of the texts' ends alone."""
         ends = x[:, self.ends]
         queries = project(last, ends, slice(0, 1))
         x = mix(last, ends, self._attend(*queries, *project(last, x, slice(1, 3))))

@@ -60,7 +60,7 @@ class LayerPrompts(NamedTuple):
     gated: Tensor | None = None
 
     def repeat(self, times: int) -> "LayerPrompts":
-        """The same for `times` as many samples: each so often in a row."""
+        """Prompts of `times` as many samples: each sample so often in a row."""
         return map_tensors(
             self, lambda t: t.repeat_interleave(times, 0) if t.dim() and len(t) > 1 else t
         )
@@ -97,7 +97,7 @@ class Prompts(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether samples differ in more than values."""
+        """True if samples differ in more than values."""
         return any(isinstance(each, Mixed) for each in self.sets)
 
     def at(self, index: int) -> Tensor | Rows | Mixed | None:

@@ -12,7 +12,7 @@ from vpt.backbones.base import LayerPrompts
 
 
 def is_plain(block: nn.Module) -> bool:
-    """Whether `attend` is this block's forward."""
+    """True if `attend` computes this block's forward."""
     return (
         is_exactly(block, ResidualAttentionBlock)
         and is_exactly(block.attn, nn.MultiheadAttention)
@@ -24,7 +24,7 @@ def is_plain(block: nn.Module) -> bool:
 
 
 def project(block: ResidualAttentionBlock, tokens: Tensor, parts: slice) -> tuple[Tensor, ...]:
-    """Those `parts` of (query, key, value) of tokens (B, N, width): (B, heads, N, head_dim)."""
+    """The `parts` of (query, key, value) of tokens (B, N, width): (B, heads, N, head_dim)."""
     attn = block.attn
     tokens = block.ln_1(tokens)
     return _attention.project(tokens, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, parts)
@@ -42,6 +42,6 @@ def attend(
 
 
 def mix(block: ResidualAttentionBlock, tokens: Tensor, attended: Tensor) -> Tensor:
-    """What follows attention: output projection, residual, MLP, residual."""
+    """Apply the part after attention: output projection, residual, MLP, residual."""
     tokens = tokens + block.ls_1(block.attn.out_proj(attended))
     return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))

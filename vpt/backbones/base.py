@@ -1,7 +1,6 @@
 """Frozen image models as this package runs them: embed → blocks → pool, with prompts."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,20 +10,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from vpt.backbones._flow import Flow
+from vpt.backbones._identity import Identity
 from vpt.backbones._prompts import LayerPrompts, Position, Prompts, Rows
 from vpt.config import BackboneConfig
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
-__all__ = [
-    "Backbone",
-    "LayerPrompts",
-    "Position",
-    "Prompts",
-    "Rows",
-    "Tokens",
-    "share",
-]
+__all__ = ["Backbone", "LayerPrompts", "Position", "Prompts", "Rows", "Tokens", "share"]
+
+Watch = Callable[[int, Tensor, Tensor], None]
 
 
 class Tokens(NamedTuple):
@@ -50,14 +44,13 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
-class Backbone(nn.Module):
+class Backbone(Identity):
     """Adapter of one family: a subclass sets the attributes and says how to embed and pool.
 
     Tokens are (B, N, width); the first `num_prefix_tokens` of them are not patches.
     """
 
     family: ClassVar[str]
-    model: nn.Module
     width: int
     num_layers: int
     num_prefix_tokens: int
@@ -75,12 +68,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = share(model)
         self.config: BackboneConfig | None = None  # how to load it again, where that is known
-        self._fingerprint: str | None = None
-        self._answers: dict[int, list[float]] = {}
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
-        """Whether `model` belongs to this family."""
+        """True if `model` belongs to this family."""
         raise NotImplementedError
 
     def require_known(self) -> None:
@@ -129,7 +120,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def enter(self, index: int, tokens: Tensor, num_prompts: int) -> Tensor:
-        """What stands before block `index`: patch merging in hierarchical families.
+        """Tokens that enter block `index`: after patch merging in hierarchical families.
 
         The last `num_prompts` of tokens (B, N, width) are prompts there.
         """
@@ -155,10 +146,6 @@ class Backbone(nn.Module):
 
     def rows(self, index: int, prompts: Tensor) -> Rows:
         """Keys and values of prompts (P, width) or (B, P, width) in block `index`."""
-        raise NotImplementedError
-
-    def own_features(self, images: Tensor) -> Tensor:
-        """Features (B, feature_dim) by the model's own forward."""
         raise NotImplementedError
 
     def input_norm(self, prompts: Tensor) -> Tensor:
@@ -198,17 +185,38 @@ class Backbone(nn.Module):
         """
         return self.pool(self._run(images, prompts, index=index))
 
-    def tokens(self, images: Tensor, prompts: Prompts | None = None) -> Tokens:
+    def tokens(
+        self,
+        images: Tensor,
+        prompts: Prompts | None = None,
+        begin: int = 0,
+        watch: Watch | None = None,
+    ) -> Tokens:
         """Outputs of all tokens after the final norm; those of prompts where `prompts.read` is set.
 
         A mixed batch has as many prompts as its longest set; `prompts.sets[-1].mask` says whose
         are whose.
+
+        Args:
+            images: (B, 3, H, W), or from `until` the tokens that enter block `begin`.
+            prompts: of blocks from `begin` on.
+            begin: the first block to run.
+            watch: called after each block with its number, prefix tokens and prompts.
         """
         outputs: list[Tensor] = []
-        tokens = self.final_norm(self._run(images, prompts, outputs=outputs))
+        tokens = self.final_norm(
+            self._run(images, prompts, outputs=outputs, begin=begin, watch=watch)
+        )
         prefix = self.num_prefix_tokens
         read = self.final_norm(outputs[0]) if outputs else tokens[:, :0]
         return Tokens(tokens[:, :prefix], read, tokens[:, prefix:])
+
+    def until(self, images: Tensor, end: int) -> Tensor:
+        """Tokens (B, N, width) of images that enter block `end`, without prompts."""
+        tokens = self.embed(images)
+        for index in range(end):
+            tokens = self.block(index, self.enter(index, tokens, 0))
+        return tokens
 
     def feature_maps(
         self,
@@ -241,7 +249,7 @@ class Backbone(nn.Module):
         return self.knows_rows and not self.exact_tokens
 
     def as_rows(self, index: int, prompts: Prompts) -> bool:
-        """Whether no output of the tokens that enter block `index` is ever used."""
+        """True if no output of the prompts that enter block `index` is ever used."""
         last = index == self.num_layers - 1
         unused = not prompts.read if last else index + 1 in prompts.layers and prompts.mix is None
         return self._fast and unused
@@ -252,14 +260,17 @@ class Backbone(nn.Module):
         prompts: Prompts | None,
         maps: dict[int, Tensor] | None = None,
         outputs: list[Tensor] | None = None,
+        begin: int = 0,
+        watch: Watch | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
         """Tokens after the last block, without prompts, whose own outputs `outputs` takes.
 
-        `maps` takes the feature maps. `index` is as in `pooled`.
+        `maps` takes the feature maps; `begin` and `watch` are as in `tokens`, `index` as in
+        `pooled`.
         """
         channels = self.preprocess.channels
-        if images.ndim != 4 or images.shape[1] != channels:
+        if not begin and (images.ndim != 4 or images.shape[1] != channels):
             raise InputError(
                 f"images of shape {tuple(images.shape)}, but the backbone takes (B, {channels}, "
                 "height, width)"
@@ -272,8 +283,8 @@ class Backbone(nn.Module):
         at_end = at_end or prompts.gates is not None or prompts.mix is not None
         flow = Flow(self, prompts, prepend=prompts.position == "prepend" and not at_end)
         first = prompts.layers[0] if prompts.layers else self.num_layers
-        tokens = self.embed(images)
-        for layer in range(self.num_layers):
+        tokens = images if begin else self.embed(images)
+        for layer in range(begin, self.num_layers):
             if layer == first and index is not None:
                 tokens = tokens[index]
             tokens, seen = flow.enter(layer, tokens)
@@ -284,6 +295,8 @@ class Backbone(nn.Module):
                 queries = count if all_read else self.readout_tokens or count
                 flow.count = 0
             tokens = self.remember(self.block, layer, tokens, seen, queries)
+            if watch is not None:
+                watch(layer, tokens[:, : self.num_prefix_tokens], flow.among(tokens))
             tokens = flow.leave(layer, tokens)
             if maps is not None:
                 patches = flow.strip(tokens)[:, self.num_prefix_tokens :]
@@ -323,53 +336,5 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all pretrained weights as float32, computed once."""
-        if self._fingerprint is not None:
-            return self._fingerprint
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy())
-        self._fingerprint = digest.hexdigest()
-        return self._fingerprint
-
-    @torch.no_grad()
-    def answer(self) -> list[float]:
-        """The first 16 features of a fixed image of `preprocess`'s size, computed once a size.
-
-        They tell apart what the same weights may belong to: another activation, another pooling.
-        """
-        size = self.preprocess.image_size
-        if size not in self._answers:
-            self._answers[size] = self(self._waves())[0, :16].tolist()
-        return self._answers[size]
-
-    @torch.no_grad()
-    def check_features(self) -> None:
-        """Compare features of a fixed image with the model's own.
-
-        Raises:
-            InputError: they differ, so something in the model does what its family does not.
-        """
-        waves = self._waves()
-        features, own = self(waves), self.own_features(waves)
-        if features.shape != own.shape or (features - own).norm() > 1e-3 * own.norm():
-            raise InputError(
-                f"{type(self.model).__name__} gives other features than a {self.family} of its "
-                "weights: something in it was changed (a forward, a hook): give the model without"
-            )
-        self._answers[self.preprocess.image_size] = features[0, :16].tolist()
-
-    def _waves(self) -> Tensor:
-        size = self.preprocess.image_size
-        channels = self.preprocess.channels
-        waves = torch.arange(float(channels * size * size)).sin().view(1, channels, size, size)
-        return waves.to(next(self.model.parameters()))
-
-    def identity(self) -> dict[str, Any]:
-        """What an artefact knows its backbone by: `fingerprint` and `answer`."""
-        return {"fingerprint": self.fingerprint(), "answer": self.answer()}

@@ -53,7 +53,7 @@ class Adapter(vit.Adapter):
         return tokens + block.drop_path2(x if scale2 is None else scale2 * x)
 
     def qkv(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
-        """Those `parts` of (query, key, value) of normed tokens x (B, N, width)."""
+        """The `parts` of (query, key, value) of normed tokens x (B, N, width)."""
         attn = block.attn
         bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         return project(x, attn.qkv.weight, bias, attn.num_heads, parts)

@@ -66,7 +66,7 @@ class Adapter(Backbone):
 
     @property
     def checkpointing(self) -> bool:
-        """As in `Backbone`, of both towers."""
+        """Checkpointing of both towers; see `Backbone`."""
         return self.text.checkpointing
 
     @checkpointing.setter
@@ -87,7 +87,7 @@ class Adapter(Backbone):
         return self.tower.embed(images)
 
     def enter(self, index: int, tokens: Tensor, num_prompts: int) -> Tensor:
-        """What stands before block `index` of the image tower."""
+        """Tokens that enter block `index` of the image tower."""
         return self.tower.enter(index, tokens, num_prompts)
 
     def block(

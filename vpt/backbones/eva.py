@@ -65,7 +65,7 @@ class Adapter(vit.Adapter):
         return tokens + block.drop_path2(x if scale2 is None else scale2 * x)
 
     def qkv(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
-        """Those `parts` of (query, key, value) of normed tokens x (B, N, width)."""
+        """The `parts` of (query, key, value) of normed tokens x (B, N, width)."""
         attn = block.attn
         if attn.qkv is None:
             layers = (attn.q_proj, attn.k_proj, attn.v_proj)[parts]

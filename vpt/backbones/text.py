@@ -135,6 +135,14 @@ class TextTower(nn.Module):
         """
         raise NotImplementedError
 
+    def insert(self, ids: Tensor, first: int, count: int) -> nn.Module:
+        """Texts (C, T) that `count` learned tokens enter at block `first`; see `InsertedTexts`.
+
+        Raises:
+            InputError: as `words`.
+        """
+        raise self._no_context()
+
     def order(
         self, count: int, names: Sequence[int], length: int, position: NamePosition
     ) -> Tensor:

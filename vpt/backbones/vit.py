@@ -49,7 +49,7 @@ class Adapter(Backbone):
 
     @staticmethod
     def is_known(block: nn.Module) -> bool:
-        """Whether `block` below spells this block's forward."""
+        """True if `block` below computes this block's forward."""
         attn = getattr(block, "attn", None)
         known = is_exactly(block, Block) and is_exactly(attn, Attention)
         # an attention that gates its output is another forward
@@ -57,6 +57,8 @@ class Adapter(Backbone):
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch embedding, class and register tokens, position embedding, `norm_pre`."""
+        if getattr(self.model.patch_embed, "strict_img_size", False):
+            self.check_size(images)
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         return self.model.norm_pre(self.model.patch_drop(tokens))
 
@@ -79,7 +81,7 @@ class Adapter(Backbone):
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
     def qkv(self, block: nn.Module, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
-        """Those `parts` of (query, key, value) of normed tokens x (B, N, width)."""
+        """The `parts` of (query, key, value) of normed tokens x (B, N, width)."""
         qkv = block.attn.qkv
         return project(x, qkv.weight, qkv.bias, block.attn.num_heads, parts)
 

@@ -15,7 +15,7 @@ def run_on_ray(configs: Sequence[RunConfig], cpus: int = 1, gpus: float = 1) -> 
     Args:
         configs: with their folders in `out`, on a file system that all nodes share.
         cpus: cores for one run.
-        gpus: GPUs for one run, or a share of one; none are asked for where the cluster has none.
+        gpus: GPUs for one run, or a fraction of one; none are asked for where the cluster has none.
 
     Raises:
         InputError: ray is not installed.

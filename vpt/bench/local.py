@@ -22,7 +22,7 @@ def run_locally(configs: Sequence[RunConfig], cpus: int = 1, gpus: float = 1) ->
     Args:
         configs: with their folders in `out`.
         cpus: cores for one run.
-        gpus: share of a GPU for one run, at most 1.
+        gpus: fraction of a GPU for one run, at most 1.
     """
     cores, devices = torch.get_num_threads(), torch.cuda.device_count()
     room = devices * int(1 / gpus) or max(1, cores // cpus)

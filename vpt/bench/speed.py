@@ -21,7 +21,6 @@ from vpt.data.loaders import make_loader
 from vpt.errors import InputError
 from vpt.training.fit import fit, make_optimizer
 
-NAMES = ("cat", "golden retriever", "bird of paradise")  # of one to three words
 TOLERANCE = 1e-4  # relative, float32 through twelve layers
 RUN_TOLERANCE = 1e-2  # the same after an epoch of steps, each of which starts from the last
 
@@ -162,18 +161,25 @@ def works(small: bool = False) -> list[Work]:
     ]
 
 
+def _names(classes: int) -> list[str]:
+    """Different names of one to three words, each of one token."""
+    words = [t[:-4] for t in open_clip.SimpleTokenizer().encoder if t.endswith("</w>")]
+    words = [word for word in words if word.isascii() and word.isalpha() and len(word) > 2]
+    return [" ".join(words[3 * i : 3 * i + 1 + i % 3]) for i in range(classes)]
+
+
 def _coop(clip: open_clip.CLIP, classes: int, tokens: int) -> methods.Method:
-    names = [NAMES[i % len(NAMES)] for i in range(classes)]
-    return methods.attach(clip, "coop", class_names=names, num_tokens=tokens)
+    return methods.attach(clip, "coop", class_names=_names(classes), num_tokens=tokens)
 
 
-def _all_positions(model: methods.Method) -> Tensor:
-    """CoOp's text features with every position of the context, as the reference computes them."""
+def _all_positions(model: methods.Method, part: slice = slice(None)) -> Tensor:
+    """Text features of some classes with every position, as the reference computes them."""
     tower = model.backbone.text
-    x = model.prompt_embeddings(model.context)
+    x = model.prompt_embeddings(model.context)[part]
     padding = model.tokens.new_zeros(len(x), tower.parts.context_length - x.shape[1])
-    ids = torch.cat([model.tokens, padding], 1)
-    return tower.run(torch.cat([x, tower.embed(padding)], 1), ids)
+    ids = torch.cat([model.tokens[part], padding], 1)
+    x = torch.cat([x, tower.embed(padding)], 1)
+    return tower.run(x, ids, model.text_prompts, model.places[part])
 
 
 def _coop_text(clip: open_clip.CLIP, classes: int, tokens: int) -> Work:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vpt import artifact
 from vpt.bench.speed import measure, measure_run, works
+from vpt.bench.speed_clip import clip_works
 from vpt.files import write_atomically
 
 
@@ -23,7 +24,7 @@ def bench(out: Path, rounds: int, small: bool, run: bool) -> None:
     Raises:
         InputError: the engine's outputs are not those of the token path.
     """
-    todo = works(small)
+    todo = [*works(small), *clip_works(small)]
     rows = list(track(measure(todo, rounds), "measuring", total=len(todo)))
     if run:
         sizes = {"epochs": 2, "shots": 1, "classes": 6} if small else {}

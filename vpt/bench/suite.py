@@ -40,7 +40,7 @@ class Cell:
         return [self._run(setting, self.seeds[0], "train-val") for setting in self.settings]
 
     def finals(self, setting: RunConfig) -> list[RunConfig]:
-        """A run of `setting` on each seed: those whose figures count."""
+        """A run of `setting` on each seed: those that are reported."""
         return [self._run(setting, seed, self.split) for seed in self.seeds]
 
     def _run(self, setting: RunConfig, seed: Seed, split: Parts) -> RunConfig:

@@ -4,7 +4,7 @@ import logging
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,7 +24,7 @@ WINDOWS: dict[Window, tuple[int, int]] = {
 }
 
 
-def read_frame(path: Path, windows: tuple[Window, ...] | None = None) -> np.ndarray:
+def read_frame(path: Path | BinaryIO, windows: tuple[Window, ...] | None = None) -> np.ndarray:
     """The image, of several frames the middle one, as uint8 (H, W) or (H, W, 3).
 
     Grey: modality transform, then the file's own first VOI table or window (PS3.3 C.11.2); where
@@ -33,7 +33,7 @@ def read_frame(path: Path, windows: tuple[Window, ...] | None = None) -> np.ndar
     point, rounded to 8 bits at the end.
 
     Args:
-        path: a DICOM file.
+        path: a DICOM file, or one opened for reading bytes.
         windows: names of `WINDOWS`, one a channel, instead of the file's own window and polarity:
             for CT only.
 
@@ -64,7 +64,7 @@ def read_frame(path: Path, windows: tuple[Window, ...] | None = None) -> np.ndar
 
 
 def patient(path: Path) -> str:
-    """What tells the patient of a DICOM file from others: for memory only, never to be shown.
+    """Identifier of a DICOM file's patient: for memory only, never to be shown.
 
     The patient's ID, else the study's, else (also where the file can't be read) the path.
 

@@ -19,9 +19,9 @@ _VAL_SHOTS = 4  # at most, as in CoOp
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """What a run learns from and is tested on; `hash` is the same wherever the data lie.
+    """Training and test images of a run; `hash` is the same wherever the data lie.
 
-    `calibration` is what decisions are fitted on: a random sample of the training part, classes as
+    Decisions are fitted on `calibration`: a random sample of the training part, classes as
     frequent as there, taken before the shots are drawn. No image of it, and no patient of its
     images, is in another part.
     """
@@ -75,7 +75,7 @@ def split_shots(
             for choosing settings without a look at the test part.
         per: patient: a shot is a patient, with all its images of the class.
         calibration: patients (images, where none are known) of `Split.calibration`: their number,
-            an int, or their share, below 1, of the training part, or of all where there is none.
+            an int, or their proportion, below 1, of the training part, or of all without one.
 
     Raises:
         InputError: a class has no images, a patient is in two parts, patients are not known

@@ -49,7 +49,7 @@ class Samples:
         return len(self.labels)
 
     def class_counts(self, num_classes: int) -> np.ndarray:
-        """How many images each class has, (num_classes,)."""
+        """Number of images of each class, (num_classes,)."""
         return self.target.class_counts(self.labels, num_classes)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Samples":
@@ -67,10 +67,15 @@ class Samples:
     def content_hash(self) -> str:
         """SHA-256 of the images' own bytes, in their order, and of the windows."""
         hashed = hashlib.sha256(",".join(self.windows or ()).encode())
-        for image in self.images:
-            data = image.read_bytes() if isinstance(image, Path) else image.tobytes()
-            hashed.update(hashlib.sha256(data).digest())
+        hashed.update(b"".join(self.hashes()))
         return hashed.hexdigest()
+
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each image's own bytes."""
+        return [
+            hashlib.sha256(i.read_bytes() if isinstance(i, Path) else i.tobytes()).digest()
+            for i in self.images
+        ]
 
     def join(self, other: "Samples") -> "Samples":
         """These samples, then those of `other`, a part of the same data."""
@@ -164,7 +169,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
 def read_pixels(
     path: Path, least: int | None, windows: tuple[Window, ...] | None, grey: Range | None
 ) -> tuple[Image.Image, Range | None]:
-    """As `read_image`; and of grey with more than 8 bits (else None) its lowest and highest value.
+    """The image as `read_image` has it; and, of grey of more than 8 bits, its range, else None.
 
     Raises:
         Exception: anything, for decoders raise anything; see `reason`.

@@ -1,7 +1,7 @@
 """Samples → batches: crops cached, augmentation repeatable whatever the number of workers."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -15,12 +15,32 @@ from vpt.data.transforms import Preprocess, augmentation
 CACHE_BYTES = 2**30  # all workers together
 
 
+class ImageStore:
+    """Images as arrays, up to CACHE_BYTES; all data sets made of one another share it."""
+
+    def __init__(self, size: int) -> None:
+        self.images: dict[tuple[bool, int], np.ndarray] = {}
+        self.left = size
+
+    def get(self, key: tuple[bool, int], decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The image of `key`, decoded unless it is there."""
+        if key in self.images:
+            return self.images[key]
+        image = decode()
+        worker = get_worker_info()
+        size = image.nbytes * (worker.num_workers if worker else 1)
+        if size <= self.left:
+            self.left -= size
+            self.images[key] = image
+        return image
+
+
 class ImageDataset(Dataset):
     """Samples as (uint8 (H, W, 3), label or (C,) of them), cropped as at evaluation or augmented.
 
     An index may carry its epoch, as `epoch * len(dataset) + index` (see `EpochSampler`). What does
-    not change between epochs is cached up to CACHE_BYTES: the crop, or, before an augmentation,
-    the decoded image.
+    not change between epochs is kept in an `ImageStore`: the crop, or, before an augmentation, the
+    decoded image.
     """
 
     def __init__(
@@ -36,17 +56,33 @@ class ImageDataset(Dataset):
         self.augmentation, self.seed = augment, seed
         self.prepare = np.asarray if augment != "none" else preprocess.crop()
         self.augment = None if augment == "none" else augmentation(augment, preprocess)
-        self.cache: dict[int, np.ndarray] = {}
-        self.cache_left = CACHE_BYTES if cache else 0
+        self.store = ImageStore(CACHE_BYTES if cache else 0)
+        self.places = np.arange(len(samples))  # in the store
 
     @property
     def deterministic(self) -> bool:
-        """Whether an image is the same in every epoch."""
+        """True if an image is the same in every epoch."""
         return self.augment is None
 
+    @property
+    def beyond_store(self) -> int:
+        """Number of images for whose crops the store has no room."""
+        return max(0, len(self) - CACHE_BYTES // (3 * self.preprocess.image_size**2))
+
     def plain(self) -> "ImageDataset":
-        """The same images without augmentation."""
-        return self if self.deterministic else ImageDataset(self.samples, self.preprocess)
+        """Data set of the images without augmentation."""
+        return self if self.deterministic else self._sharing(self.samples, self.places, "none")
+
+    def take(self, positions: np.ndarray) -> "ImageDataset":
+        """The images at `positions`, which are decoded once for both."""
+        return self._sharing(
+            self.samples.take(positions), self.places[positions], self.augmentation
+        )
+
+    def _sharing(self, samples: Samples, places: np.ndarray, augment: Augment) -> "ImageDataset":
+        other = ImageDataset(samples, self.preprocess, augment, self.seed)
+        other.store, other.places = self.store, places
+        return other
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -62,15 +98,10 @@ class ImageDataset(Dataset):
         return image, self.samples.labels[index]
 
     def _prepared(self, index: int) -> np.ndarray:
-        if index in self.cache:
-            return self.cache[index]
-        image = self.prepare(self.samples.read(index, grey=self.preprocess.grey_range))
-        worker = get_worker_info()
-        size = image.nbytes * (worker.num_workers if worker else 1)
-        if size <= self.cache_left:
-            self.cache_left -= size
-            self.cache[index] = image
-        return image
+        def decode() -> np.ndarray:
+            return self.prepare(self.samples.read(index, grey=self.preprocess.grey_range))
+
+        return self.store.get((self.deterministic, int(self.places[index])), decode)
 
 
 class EpochSampler(Sampler[int]):
@@ -109,13 +140,21 @@ def make_loader(
     `train` shuffles: call `loader.sampler.set_epoch(epoch)` before each epoch. Without it, the
     order is that of `samples`.
     """
+    dataset = ImageDataset(samples, preprocess, augment, seed)
+    return load(dataset, batch_size, train=train, workers=workers)
+
+
+def load(
+    dataset: ImageDataset, batch_size: int, *, train: bool = False, workers: int = 0
+) -> DataLoader:
+    """Batches of a data set, as `make_loader` gives them."""
     return DataLoader(
-        ImageDataset(samples, preprocess, augment, seed),
+        dataset,
         batch_size,
-        sampler=EpochSampler(len(samples), seed) if train else None,
+        sampler=EpochSampler(len(dataset), dataset.seed) if train else None,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=partial(_collate, preprocess),
+        collate_fn=partial(_collate, dataset.preprocess),
         pin_memory=torch.cuda.is_available(),
     )
 

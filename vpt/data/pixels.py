@@ -1,7 +1,7 @@
 """Pixels of an image file as RGB: deep grey through one range, large images in bounded memory."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from threading import Lock
 from typing import BinaryIO
@@ -25,7 +25,10 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit stops genuine slides: MAX_PI
 
 
 def decode(
-    file: BinaryIO, least: int | None = None, grey: Range | None = None
+    file: BinaryIO,
+    least: int | None = None,
+    grey: Range | None = None,
+    formats: Sequence[str] | None = None,
 ) -> tuple[Image.Image, Range | None]:
     """The image as RGB, and of grey with more than 8 bits (else None) its lowest and highest value.
 
@@ -38,13 +41,14 @@ def decode(
         least: decode a JPEG at the smallest of its scales that leaves so many pixels a side.
         grey: the values that become 0 and 255, others are clipped; None: 0 and 65535, or of floats
             within 0–1 those, and no other value is allowed.
+        formats: Pillow's names of those to try; None: all.
 
     Raises:
         ValueError: more than MAX_PIXELS to decode; grey values that are not allowed.
         Exception: anything, for decoders raise anything.
     """
     # No path: Pillow then maps a TIFF with an EXIF orientation with its sides swapped.
-    with Image.open(file) as opened:
+    with Image.open(file, formats=formats) as opened:
         check_pixels(_scale(opened, least))
         with _LARGE if opened.width * opened.height > _LARGE_PIXELS else nullcontext():
             opened.load()

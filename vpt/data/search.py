@@ -22,17 +22,29 @@ _SYSTEM = {
     *("__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information"),
     *("lost+found", "found.000", "@eadir", "@tmp", "@recycle", "@recently-snapshot"),
     *("#recycle", "#snapshot", "network trash folder", "temporary items", "thumbs.db"),
-    *("ehthumbs.db", "desktop.ini", "icon\r", "dicomdir"),
+    *("ehthumbs.db", "desktop.ini", "icon\r", "dicomdir", "recycled", "config.msi", "$extend"),
+    *("~snapshot", "@sharebin", "@synoresource", "@transcode", "@qnap", "_gsdata_", "node_modules"),
+    *("desktop db", "desktop df", "thevolumesettingsfolder"),
 }
+_BACKUPS = ("~", ".bak", ".orig", ".tmp", ".part", ".partial", ".crdownload", ":zone.identifier")
 # Content is asked only of these, which say what they are in their first bytes
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+_FORMATS = (
+    *("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"),
+    *("DDS", "ICNS", "ICO", "PCX", "PSD", "SGI", "SUN"),
+)
 # Never images, or images of which Pillow would read a thumbnail or nothing at all
 _TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".yaml", ".yml", ".html", ".py"}
 _UNREAD = {".heic", ".heif", ".jxl", ".svg", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2"}
-_MASK = "(?:masks?|segm?|segmentations?|labels?|gt|ground[ _-]?truths?|annotations?)"
-_AFTER = re.compile(rf"[ _.-]+{_MASK}[ _.-]*\d*$", re.IGNORECASE)
+_MASK = (
+    "(?:masks?|msks?|segm?|segmentations?(?:[ _-]?masks?)?|label(?:s|maps?|ids)?|gt|"
+    "ground[ _-]?truths?|annot?|annotations?|trimaps?)"
+)
+_AFTER = re.compile(
+    rf"[ _.-]+\(?(?:(?:binary|colou?r|instance|semantic)[ _.-]*)?{_MASK}[ _.-]*\(?\d*\)?$",
+    re.IGNORECASE,
+)
 _BEFORE = re.compile(rf"^{_MASK}[ _.-]+", re.IGNORECASE)
-_FOLDER = re.compile(_MASK, re.IGNORECASE)
+_FOLDER = re.compile(rf"[ _.-]*{_MASK}", re.IGNORECASE)
 HIDDEN_FOLDERS = "hidden or system folders"
 
 
@@ -155,12 +167,14 @@ def _files(folder: Path) -> Iterator[tuple[Path, str | None]]:
             for name in sorted(files):
                 path = Path(parent, name)
                 hidden = "hidden or system files" if _is_system(name) else None
+                if not hidden and name.lower().endswith(_BACKUPS):
+                    hidden = "backups and unfinished downloads"
                 yield path, hidden if path.exists() else "broken links"
     yield from ((Path(e.filename), "folders that can't be opened") for e in closed)
 
 
 def _is_system(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _SYSTEM
+    return name.startswith((".", "~$")) or name.lower() in _SYSTEM
 
 
 def _unlike_image(path: Path) -> str | None:

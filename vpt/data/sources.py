@@ -43,7 +43,7 @@ class Source:
 
     @property
     def medical(self) -> bool:
-        """Whether results are not for clinical use: the card says so, or patients are known."""
+        """True if results are not for clinical use: the card says so, or patients are known."""
         return self.card.medical or any(samples.patients for samples in self.parts.values())
 
 
@@ -188,7 +188,7 @@ def _class_names(found: list[str], given: list[str] | None, card: Card, where: s
 
 
 def _patients(parts: dict[str, Samples]) -> dict[str, list[str] | None]:
-    """Those that the data names; else, of DICOM files, each called by its first file.
+    """Patients of each part: from the data, else, of DICOM, each named by its first file.
 
     So no value of a header leaves memory.
     """

@@ -35,10 +35,13 @@ class Survey:
         Without a range, images with values that need one are broken too.
         """
         broken, odd = dict(self.broken), []
+        highest = max((high for _, high in self.grey.values()), default=0)
+        # 8 bits where 12 are expected, or 12 where 16 are
+        dark = grey is not None and grey[0] < highest <= grey[0] + (grey[1] - grey[0]) / 15
         for path, (low, high) in self.grey.items():
             if grey is None and not (low >= 0 and high <= 65535):
                 broken[path] = f"grey values {low:g} to {high:g} are not within 0 to 65535"
-            elif grey is None or not fits((low, high), grey):
+            elif grey is None or dark or not fits((low, high), grey):
                 odd.append(f"first {path}, of {low:g} to {high:g}")
         if odd:
             wrong = (

@@ -19,7 +19,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow makes grey of RGB
 
 
 class Preprocess(Strict):
-    """How an image becomes a backbone's input; the words are timm's."""
+    """Preprocessing of an image for a backbone; the words are timm's."""
 
     image_size: PositiveInt  # square
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
@@ -37,7 +37,7 @@ class Preprocess(Strict):
         return len(self.mean)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; no grey range is no key."""
+        """Plain JSON values of the fields; no grey range is no key."""
         return self.model_dump(mode="json", exclude_none=True)
 
     @staticmethod

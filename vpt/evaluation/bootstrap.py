@@ -1,4 +1,4 @@
-"""95 % intervals by the percentile bootstrap, resampling patients; exact for shares of 0 and 1."""
+"""95 % intervals by the percentile bootstrap, resampling patients; exact for rates of 0 and 1."""
 
 import math
 import warnings
@@ -12,30 +12,30 @@ from torch import Tensor
 from vpt.targets import Target
 
 RESAMPLES = 1000
-FEW_CLASSES = 20  # with more, classes have no figures, and areas no intervals, of their own
+FEW_CLASSES = 20  # with more, classes have no metrics, and areas no intervals, of their own
 _CHUNK = 100  # resamples at a time, for memory
 
 
 def intervals(
     statistic: Callable[[Tensor], Tensor], count: int, patients: Sequence[str] | None = None
 ) -> list[list[float] | None]:
-    """The 2.5 and 97.5 percentiles of K figures over RESAMPLES resamples, always the same ones.
+    """The 2.5 and 97.5 percentiles of K metrics over RESAMPLES resamples, always the same ones.
 
     Patients are drawn with replacement, each with all of its images; without patients, images.
 
     Args:
-        statistic: weights (R, count), how often each image is drawn → figures (R, K). Where one
+        statistic: weights (R, count), how often each image is drawn → metrics (R, K). Where one
             is NaN, the resample does not count for it; where all are, its interval is None.
         count: how many images.
         patients: one an image.
     """
     values = torch.cat([statistic(weights) for weights in _draw(count, patients)]).double()
-    with warnings.catch_warnings(action="ignore"):  # of figures that are NaN throughout
+    with warnings.catch_warnings(action="ignore"):  # of metrics that are NaN throughout
         bounds = np.nanpercentile(values.numpy(), (2.5, 97.5), axis=0).T
     return [pair.tolist() if np.isfinite(pair).all() else None for pair in bounds]
 
 
-def figure_intervals(
+def metric_intervals(
     target: Target,
     logits: Tensor,
     labels: Tensor,
@@ -59,18 +59,18 @@ def figure_intervals(
 
     def statistic(weights: Tensor) -> Tensor:
         accuracy, recall, f1 = target.averages(*_counts(truth, predicted, weights))
-        figures = [accuracy, recall.nanmean(1), f1.nanmean(1)]
+        metrics = [accuracy, recall.nanmean(1), f1.nanmean(1)]
         if few:
             pairs = [_areas(s, t, weights) for s, t in zip(scores.T, truth.T, strict=True)]
-            figures += [torch.stack(area, 1).nanmean(1) for area in zip(*pairs, strict=True)]
-        return torch.stack(figures, 1)
+            metrics += [torch.stack(area, 1).nanmean(1) for area in zip(*pairs, strict=True)]
+        return torch.stack(metrics, 1)
 
     names = ["accuracy", "balanced_accuracy", "macro_f1", *(["auroc", "auprc"] if few else [])]
     pairs = intervals(statistic, len(labels), patients)
     found: dict[str, Any] = {f"{n}_interval": pair for n, pair in zip(names, pairs, strict=True)}
     everything = torch.ones(len(labels), dtype=torch.bool)
     accuracy = statistic(everything[None].double())[0, 0].item()
-    found["accuracy_interval"] = share_interval(accuracy, pairs[0], everything, patients)
+    found["accuracy_interval"] = proportion_interval(accuracy, pairs[0], everything, patients)
     if few:
         rates = class_rates(truth, predicted, patients)
         found["per_class"] = dict(zip(class_names, rates, strict=True))
@@ -90,8 +90,8 @@ def class_rates(
     found = intervals(statistic, len(truth), patients)
     once = torch.ones(1, len(truth), dtype=torch.float64)
     rates = [None if math.isnan(rate) else rate for rate in statistic(once)[0].tolist()]
-    images = torch.cat([truth, ~truth], 1).T  # those that a rate is a share of
-    found = [share_interval(*of, patients) for of in zip(rates, found, images, strict=True)]
+    images = torch.cat([truth, ~truth], 1).T  # those that a rate is a proportion of
+    found = [proportion_interval(*of, patients) for of in zip(rates, found, images, strict=True)]
     return [
         {
             "sensitivity": rates[i],
@@ -103,22 +103,22 @@ def class_rates(
     ]
 
 
-def share_interval(
-    share: float | None,
+def proportion_interval(
+    proportion: float | None,
     resampled: list[float] | None,
     images: Tensor,
     patients: Sequence[str] | None,
 ) -> list[float] | None:
-    """The interval of a share of `images`, bool (N,): `resampled`, but for shares of 0 and 1.
+    """Interval of a proportion of `images`, bool (N,): `resampled`, except at 0 and 1.
 
-    Those are the same in every resample, which is no certainty: they have the exact interval of
+    These are the same in every resample, which is no certainty: they have the exact interval of
     Clopper & Pearson (1934), each patient (image, where none are known) being one trial.
     """
-    if share not in (0, 1):
+    if proportion not in (0, 1):
         return resampled
     names = np.arange(len(images)) if patients is None else np.array(patients)
     edge = 0.025 ** (1 / len(np.unique(names[images.numpy()])))
-    return [edge, 1.0] if share else [0.0, 1 - edge]
+    return [edge, 1.0] if proportion else [0.0, 1 - edge]
 
 
 def _draw(count: int, patients: Sequence[str] | None) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vpt.config import DecisionConfig, Strict
 from vpt.errors import InputError, nearest
-from vpt.evaluation.bootstrap import class_rates, figure_intervals, intervals, share_interval
+from vpt.evaluation.bootstrap import class_rates, intervals, metric_intervals, proportion_interval
 from vpt.progress import Log
 from vpt.targets import Target
 
@@ -25,7 +25,7 @@ NEVER = 2.0  # a threshold above every probability
 
 
 class Decision(Strict):
-    """What was fitted. Probabilities are those after division of logits by `temperature`."""
+    """Temperature, thresholds and sets as fitted; probabilities are of logits / temperature."""
 
     multilabel: bool = False  # for versions that know no other target
     temperature: float = 1.0
@@ -168,14 +168,14 @@ def achieved(
         everything = torch.ones_like(decided)
         found["refer"] = {
             "coverage": coverage,
-            "coverage_interval": share_interval(coverage, bounds[0], everything, patients),
+            "coverage_interval": proportion_interval(coverage, bounds[0], everything, patients),
             "accuracy": accuracy if coverage else None,
-            "accuracy_interval": share_interval(accuracy, bounds[1], decided, patients),
+            "accuracy_interval": proportion_interval(accuracy, bounds[1], decided, patients),
         }
     return found
 
 
-def resampled_figures(
+def resampled_metrics(
     target: Target,
     logits: Tensor,
     labels: Tensor,
@@ -184,7 +184,7 @@ def resampled_figures(
     decision: Decision | None,
 ) -> dict[str, Any]:
     """95 % intervals of the metrics, and, where there is one, what the decision achieves."""
-    found = figure_intervals(target, logits, labels, class_names, patients)
+    found = metric_intervals(target, logits, labels, class_names, patients)
     if decision is not None:
         found["decision"] = achieved(decision, target, logits, labels, class_names, patients)
     return found

@@ -1,4 +1,4 @@
-"""How good a classifier is: torchmetrics over one pass of a loader."""
+"""Metrics of a classifier, from one pass of a loader."""
 
 from collections.abc import Iterable
 

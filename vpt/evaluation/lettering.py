@@ -1,5 +1,6 @@
 """Names in plots: in an installed font that has their letters, else as numbers."""
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 
@@ -8,6 +9,9 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.text import Text
 
 _BOXES = "Last Resort"  # matplotlib's own font, with a box for every letter
+
+# A font that comes in no regular weight has the letters all the same
+logging.getLogger("matplotlib.font_manager").addFilter(lambda r: "font weight" not in str(r.msg))
 
 
 def labels(names: Sequence[str]) -> list[str]:

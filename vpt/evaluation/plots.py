@@ -1,4 +1,4 @@
-"""Figures of results, drawn by matplotlib without a screen."""
+"""Plots of results, drawn by matplotlib without a screen."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +87,7 @@ def draw_precision_recall(
 def draw_risk_coverage(
     probabilities: Tensor, labels: Tensor, refer_below: float | None = None
 ) -> Figure:
-    """Error rate on the most certain images over their share, and where `refer_below` stands.
+    """Error rate on the most certain images over their proportion, and where `refer_below` stands.
 
     Probabilities are (N, C), labels (N,).
     """
@@ -128,7 +128,7 @@ def _plain(names: Sequence[str]) -> list[str]:
 
 
 def save(figure: Figure, path: Path, names: Sequence[str] = ()) -> None:
-    """Write a figure as PNG, atomically.
+    """Write a plot as PNG, atomically.
 
     Where it shows any of `names` as a number, for want of a font, a .txt beside it tells which.
     """

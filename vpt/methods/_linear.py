@@ -13,7 +13,7 @@ from vpt.backbones.clip import Tokenizer
 from vpt.config import Strict
 from vpt.losses import Loss
 from vpt.methods.base import Batch, Epoch, Head, Method, Step
-from vpt.methods.linear_probe import ABSENT, FOLDS, solve_head
+from vpt.methods.linear_probe import ABSENT, SPLITS, solve_head
 
 
 class LinearOptions(Strict):
@@ -34,9 +34,9 @@ class LinearReadout(Method):
 
     Attributes:
         penalties: (C,), of the linear probe before the first step, kept for all later ones.
-        fold_weights: (FOLDS + 1, C, feature_dim) while training, the heads solved without each
-            fold, and last the one of all images, for an image that no fold holds out.
-        fold_biases: (FOLDS + 1, C).
+        split_weights: (SPLITS + 1, C, feature_dim) while training, the heads solved without each
+            split, and last the one of all images, for an image that no split holds out.
+        split_biases: (SPLITS + 1, C).
     """
 
     Options = LinearOptions
@@ -54,8 +54,8 @@ class LinearReadout(Method):
         if self.cross_fitted:
             self.head.requires_grad_(False)
             self.register_buffer("penalties", torch.ones(len(class_names)))
-            self.register_buffer("fold_weights", torch.empty(0), persistent=False)
-            self.register_buffer("fold_biases", torch.empty(0), persistent=False)
+            self.register_buffer("split_weights", torch.empty(0), persistent=False)
+            self.register_buffer("split_biases", torch.empty(0), persistent=False)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (B, C) from image features (B, feature_dim)."""
@@ -67,9 +67,9 @@ class LinearReadout(Method):
             return super().step(batch, loss)
         features, splits = self.batch_features(batch), batch.columns["split"]
         with torch.autocast(features.device.type, enabled=False):
-            weights = self.fold_weights.flatten(0, 1)
-            logits = F.linear(features.to(weights.dtype), weights, self.fold_biases.flatten())
-        logits = logits.unflatten(1, self.fold_biases.shape)
+            weights = self.split_weights.flatten(0, 1)
+            logits = F.linear(features.to(weights.dtype), weights, self.split_biases.flatten())
+        logits = logits.unflatten(1, self.split_biases.shape)
         logits = logits[torch.arange(len(splits), device=splits.device), splits]
         return Step(loss(logits, batch.labels), logits)
 
@@ -89,17 +89,17 @@ class LinearReadout(Method):
             self._solve(self.head, at.features(), at.loss, self.penalties)
 
     def _solve_splits(self, seen: Batch, loss: Loss) -> None:
-        weights = [self.head.weight] * (FOLDS + 1)
-        biases = [self.head.bias] * (FOLDS + 1)
+        weights = [self.head.weight] * (SPLITS + 1)
+        biases = [self.head.bias] * (SPLITS + 1)
         splits = seen.columns.get("split", torch.empty(0))
-        for split in splits[splits < FOLDS].unique().tolist():
+        for split in splits[splits < SPLITS].unique().tolist():
             head, rest = copy.deepcopy(self.head), splits != split
             others = Batch(seen.inputs[rest], seen.labels[rest])
             self._solve(head, others, loss, self.penalties)
             alone = head.bias.abs() >= -ABSENT / 2  # of a class that only this split has
             weights[split] = torch.where(alone[:, None], self.head.weight, head.weight)
             biases[split] = torch.where(alone, self.head.bias, head.bias)
-        self.fold_weights, self.fold_biases = torch.stack(weights), torch.stack(biases)
+        self.split_weights, self.split_biases = torch.stack(weights), torch.stack(biases)
 
     def _solve(self, head: Head, seen: Batch, loss: Loss, penalties: Tensor | None) -> Tensor:
         """`solve_head`, with the classes weighted as the loss does."""

@@ -23,8 +23,8 @@ class TemplateOptions(Strict):
 
     @field_validator("templates")
     @classmethod
-    def _one_name(cls, templates: list[str]) -> list[str]:
-        for template in templates:
+    def _one_name(cls, templates: list[str] | None) -> list[str] | None:
+        for template in templates or []:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} needs {{}} once, for the class name")
         return templates

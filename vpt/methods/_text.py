@@ -112,7 +112,7 @@ class TextReadout(ClassEmbeddings):
             self.suffixes = tower.pack(tokens, max(count, len(ids)))
 
     def text_depth(self) -> int:
-        """How many blocks of the text tower get a context of their own; 0: the text is fixed."""
+        """Number of blocks of the text tower with a context of their own; 0: the text is fixed."""
         return 1
 
     def name_position(self) -> NamePosition:

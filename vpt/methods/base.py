@@ -80,7 +80,7 @@ class Batch(NamedTuple):
             raise InputError(f"batch {number} of the loader: {error}") from None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on `device`."""
+        """The batch on `device`."""
         columns = {name: column.to(device) for name, column in self.columns.items()}
         return Batch(self.inputs.to(device), self.labels.to(device), columns, self.cached)
 
@@ -262,13 +262,17 @@ class Method(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def artifact_tensors(self) -> dict[str, Tensor]:
-        """What an artefact stores: the method's own state, and backbone weights that trained."""
+        """Tensors of an artefact: the method's own state, and backbone weights that trained."""
         tunable = self.tunable_parameters()
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
             if name in tunable or not name.startswith("backbone.")
         }
+
+    def training_tensors(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint of unfinished training stores."""
+        return self.artifact_tensors()
 
     def make_room(self, tensors: dict[str, Tensor]) -> None:
         """Size what has the size of the training set; called before `tensors` are loaded."""

@@ -1,4 +1,4 @@
-"""Fourier prompts: VPT-deep with a share of them Fourier-transformed (VFPT, Zeng et al. 2024)."""
+"""Fourier prompts: VPT-deep with some of them Fourier-transformed (VFPT, Zeng et al. 2024)."""
 
 import torch
 from pydantic import Field
@@ -10,7 +10,7 @@ from vpt.methods import vpt_deep
 class Options(vpt_deep.Options):
     """Options of Fourier prompts."""
 
-    fourier: float = Field(0.5, ge=0, le=1)  # the share that is transformed, rounded down
+    fourier: float = Field(0.5, ge=0, le=1)  # the proportion that is transformed, rounded down
 
 
 class FourierPrompts(vpt_deep.VPTDeep):

@@ -25,8 +25,8 @@ class Options(vpt_deep.Options):
     layers: None = None  # all
     num_rows: PositiveInt = 5  # keys, and values, of their own in each block
     segments: PositiveInt = 8  # parts of a token's width that are pruned as one
-    prune_tokens: float = Field(0.0, ge=0, lt=1)  # share of each block's tokens
-    prune_segments: float = Field(0.0, ge=0, lt=1)  # share of each token's segments
+    prune_tokens: float = Field(0.0, ge=0, lt=1)  # proportion of each block's tokens
+    prune_segments: float = Field(0.0, ge=0, lt=1)  # proportion of each token's segments
 
 
 class KVPrompts(vpt_deep.VPTDeep):
@@ -46,7 +46,7 @@ class KVPrompts(vpt_deep.VPTDeep):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Make the prompts, one set for each block.
 
         Raises:
             InputError: blocks that take no keys and values; segments that do not divide the width.
@@ -116,7 +116,7 @@ class KVPrompts(vpt_deep.VPTDeep):
         self.mask.copy_(kept * _keep(segments, self.options.prune_segments))
 
 
-def _keep(importance: Tensor, share: float) -> Tensor:
-    """Ones, but 0 for the least `share` along the last dimension, rounded down."""
-    least = importance.argsort(-1)[..., : int(share * importance.shape[-1])]
+def _keep(importance: Tensor, pruned: float) -> Tensor:
+    """Ones, but 0 for the least proportion `pruned` of the last dimension, rounded down."""
+    least = importance.argsort(-1)[..., : int(pruned * importance.shape[-1])]
     return torch.ones_like(importance).scatter(-1, least, 0)

@@ -17,7 +17,7 @@ from vpt.methods.base import Head, Method
 from vpt.targets import Target
 
 PENALTIES = np.logspace(-5, 2, 15)  # scikit-learn's C, the inverse strength
-FOLDS = 5
+SPLITS = 5
 ABSENT = -1e4  # bias of a class without images: never predicted
 
 
@@ -63,8 +63,8 @@ def solve_head(
         features: (N, dim).
         labels: of N images.
         penalties: (C,), scikit-learn's C of each class's regression; None: the best of PENALTIES by
-            the log-loss of FOLDS folds, or 1 where some class has one image, so that nothing can be
-            held out.
+            the log loss of SPLITS splits, or 1 where some class has one image, so that nothing can
+            be held out.
 
     Returns:
         The penalties (C,) that were used; equal where one regression has all classes.
@@ -103,9 +103,9 @@ def solve_head(
 def _regression(
     features: np.ndarray, labels: np.ndarray, penalty: float | None
 ) -> tuple[LogisticRegression, float]:
-    folds = min(FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
-    if penalty is None and folds > 1:
-        splits = StratifiedKFold(folds, shuffle=True, random_state=0)
+    count = min(SPLITS, int(np.bincount(labels)[np.unique(labels)].min()))
+    if penalty is None and count > 1:
+        splits = StratifiedKFold(count, shuffle=True, random_state=0)
         cross_validated = LogisticRegressionCV(
             Cs=PENALTIES,
             l1_ratios=(0,),

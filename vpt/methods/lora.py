@@ -37,7 +37,7 @@ class LoRA(LinearReadout):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Add LoRA's weights to the backbone's linear layers.
 
         Raises:
             InputError: PEFT is not installed; a backbone without any of the targets.

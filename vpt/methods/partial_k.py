@@ -31,7 +31,7 @@ class PartialK(Weights, LinearReadout):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Copy the last k blocks, which train.
 
         Raises:
             InputError: there are fewer than k blocks.

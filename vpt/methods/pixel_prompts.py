@@ -43,7 +43,7 @@ class PixelPrompts(Method):
         options: Options,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """As every method.
+        """Make the pixels, zero.
 
         Raises:
             InputError: a border or patch that is larger than the image.

@@ -1,4 +1,4 @@
-"""SS-Text: class means and texts in closed form (jusiro/SS-Text, solvers/sstext.py)."""
+"""SS-Text: class means and texts in closed form (Silva-Rodríguez et al. 2025)."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ LEAST = 1e-3  # penalty
 class SSText(Templates):
     """The prototype of a class is its templates' embedding + scale · sum of its images / (N λ).
 
-    It minimises the linear similarity to the class's images with a penalty λ on the distance to the
-    text; λ is 1 / N, N the number of all images, and at least 0.001.
+    λ penalises the distance to the text: 1 / N, N the number of all images, and at least 0.001
+    (jusiro/SS-Text, solvers/sstext.py). Features are of images without augmentation.
 
     Attributes:
         prototypes: (C, dim); before `solve` the templates' embeddings.

@@ -46,7 +46,7 @@ class TipAdapter(Templates):
         self.register_buffer("values", self.keys.new_empty(0, len(class_names)))
 
     def make_room(self, tensors: dict[str, Tensor]) -> None:
-        """As many keys as an artefact has."""
+        """Make as many keys as an artefact has."""
         if "keys" in tensors:
             self._make_room(len(tensors["keys"]))
 

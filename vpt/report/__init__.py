@@ -12,7 +12,7 @@ from vpt.config import Published, validate
 from vpt.data.cards import Card, load_card
 from vpt.files import write_atomically
 from vpt.progress import Log
-from vpt.report.figures import draw_figures
+from vpt.report.plots import draw_plots
 from vpt.report.runs import caveats, find_runs, read_curves, read_runs, shots_text
 from vpt.report.tables import MEAN, Column, accuracy_table, cell_table, make_cells
 from vpt.settings import read_yaml
@@ -21,9 +21,9 @@ PAGES = Environment(loader=PackageLoader("vpt", "report"), autoescape=True, trim
 
 
 class _Suite(BaseModel):
-    """What a report takes from suite.yaml."""
+    """Fields of suite.yaml that a report reads."""
 
-    published: dict[str, list[Published]] = {}  # group of data sets → figures of its mean
+    published: dict[str, list[Published]] = {}  # group of data sets → results for its mean
 
 
 def report(folder: Path, out: Path, log: Log = print) -> Path:
@@ -64,7 +64,7 @@ def report(folder: Path, out: Path, log: Log = print) -> Path:
         medical=any(cards[name].medical for name in set(runs.card) & set(cards)),
         table=table,
         every_cell=cell_table(cells),
-        drawings=draw_figures(cells, read_curves(runs)),
+        plots=draw_plots(cells, read_curves(runs)),
     )
     tex = f"% needs booktabs and multirow\n{table.to_latex()}"
     csv = cells.assign(shots=cells.shots.map(shots_text)).to_csv(index=False)
@@ -77,14 +77,14 @@ def report(folder: Path, out: Path, log: Log = print) -> Path:
 
 
 def _published(folder: Path, cards: Mapping[str, Card]) -> list[tuple[Column, Published]]:
-    """Figures of the cards, and of the suites below `folder`, each with its column."""
+    """Published results of the cards, and of the suites below `folder`, each with its column."""
     found = [
-        ((card.group or "", name), figure)
+        ((card.group or "", name), result)
         for name, card in cards.items()
-        for figure in card.published
+        for result in card.published
     ]
     for path in sorted(folder.rglob("suite.yaml")):
         suite = validate(_Suite, dict(read_yaml(path)), where=str(path))
-        for group, figures in suite.published.items():
-            found += [((MEAN, group), figure) for figure in figures]
+        for group, results in suite.published.items():
+            found += [((MEAN, group), result) for result in results]
     return found

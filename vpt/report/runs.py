@@ -23,7 +23,7 @@ METRICS = {
     "auprc": "AUPRC",
     "ece": "ECE",
 }
-INTERVALS = [name for name in METRICS if name != "ece"]  # figures that have one, of 95 %
+INTERVALS = [name for name in METRICS if name != "ece"]  # metrics that have one, of 95 %
 # settings that do not tell the runs of a cell apart
 _SAME = (
     r"expected\..*|method\.name|data\.(name|root|shots|seed|workers|duplicates)|train\.seed"
@@ -36,7 +36,7 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 class Result(BaseModel):
-    """What a report takes from result.json."""
+    """Fields of result.json that a report reads."""
 
     data: str
     shots: PositiveInt | None
@@ -68,7 +68,7 @@ class Result(BaseModel):
 
 
 class Epoch(BaseModel):
-    """What a report takes from a line of metrics.jsonl."""
+    """Fields of a line of metrics.jsonl that a report reads."""
 
     epoch: int
     accuracy: float
@@ -158,7 +158,7 @@ def read_curves(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def caveats(runs: pd.DataFrame) -> list[str]:
-    """What to know before figures of `runs` are believed or compared, a sentence each."""
+    """Caveats of comparing the metrics of `runs`, a sentence each."""
     found = []
     for (data, shots, seed), part in runs.groupby(["data", "shots", "seed"]):
         if part.split_hash.nunique() > 1:

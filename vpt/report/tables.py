@@ -1,4 +1,4 @@
-"""Means and standard deviations over seeds, means over groups of data sets, published figures."""
+"""Means and standard deviations over seeds, means over groups of data sets, published results."""
 
 import math
 from collections import defaultdict
@@ -26,16 +26,16 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
 
     The bounds of its runs' intervals, `NAME_low` and `NAME_high`, are averaged too.
     """
-    figures = {name: (name, "mean") for name in METRICS}
-    figures |= {f"{name}_std": (name, "std") for name in METRICS}
+    metrics = {name: (name, "mean") for name in METRICS}
+    metrics |= {f"{name}_std": (name, "std") for name in METRICS}
     bounds = [f"{name}_{bound}" for name in INTERVALS for bound in ("low", "high")]
-    figures |= {bound: (bound, "mean") for bound in bounds}
+    metrics |= {bound: (bound, "mean") for bound in bounds}
     return runs.groupby(CELL, as_index=False).agg(
         card=("card", "first"),
         n=("seed", "size"),
         seeds=("seed", _each),
         left_untrained=("left_untrained", "sum"),
-        **figures,
+        **metrics,
         num_test=("num_test", _each),
         tunable_parameters=("tunable_parameters", "first"),
         stored_parameters=("stored_parameters", "first"),
@@ -46,18 +46,18 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_table(cells: pd.DataFrame) -> Styler:
-    """Every cell with the figures that any has, those of METRICS in percent."""
+    """Every cell with the metrics that any has, those of METRICS in percent."""
     shown = {key: cells[key] for key in CELL} | {"shots": cells.shots.map(shots_text)}
     shown["seeds"] = cells.n
     if cells.left_untrained.any():
         shown["left untrained"] = cells.left_untrained
     for name, words in METRICS.items():
         parts = [f"{name}{part}" for part in ("", "_std", "_low", "_high")]
-        figures = 100 * cells.reindex(columns=parts)  # not every figure has an interval
-        if figures[name].notna().any():
+        values = 100 * cells.reindex(columns=parts)  # not every metric has an interval
+        if values[name].notna().any():
             shown[words] = [
                 _percent(mean, spread) + _interval(low, high)
-                for mean, spread, low, high in figures.itertuples(index=False)
+                for mean, spread, low, high in values.itertuples(index=False)
             ]
     shown["test images"] = cells.num_test
     shown["tunable parameters"] = cells.tunable_parameters.map("{:,}".format)
@@ -118,7 +118,7 @@ def accuracy_table(
     Args:
         cells: from `make_cells`.
         cards: all data cards by name; their groups are what is averaged.
-        published: figures of papers; those are shown that have a run of ours to stand beside.
+        published: results of papers; those are shown that have a run of ours to stand beside.
     """
     numbers, text = _ours(cells, cards)
     beside, sources = _beside(numbers, published)
@@ -159,20 +159,20 @@ def _ours(cells: pd.DataFrame, cards: Mapping[str, Card]) -> tuple[pd.DataFrame,
 def _beside(
     numbers: pd.DataFrame, published: Sequence[tuple[Column, Published]]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Rows of published figures, as text, where `numbers` has some; and their sources."""
+    """Rows of published results, as text, where `numbers` has some; and their sources."""
     rows, sources = defaultdict(dict), []
-    for column, figure in published:
-        shots = figure.shots or math.inf
+    for column, result in published:
+        shots = result.shots or math.inf
         if column in numbers and numbers[column].groupby("shots").count().get(shots):
-            sources += [figure.source] if figure.source not in sources else []
-            method = f"{figure.method}, published [{sources.index(figure.source) + 1}]"
-            rows[shots, figure.backbone, method][column] = _percent(100 * figure.accuracy)
+            sources += [result.source] if result.source not in sources else []
+            method = f"{result.method}, published [{sources.index(result.source) + 1}]"
+            rows[shots, result.backbone, method][column] = _percent(100 * result.accuracy)
     index = pd.MultiIndex.from_tuples(rows, names=numbers.index.names)
     return pd.DataFrame(list(rows.values()), index=index, columns=numbers.columns), sources
 
 
 def _averaged(means: pd.DataFrame, cards: Mapping[str, Card]) -> dict[Column, pd.DataFrame]:
-    """What each mean is over, with a column of NaN for what is missing."""
+    """Columns that each mean is over, with a column of NaN for what is missing."""
     groups = defaultdict(list)
     for name in cards:
         groups[_group(cards, name)].append(name)

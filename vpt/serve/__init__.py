@@ -1,1 +1,1 @@
-"""Many tasks from one backbone in memory."""
+"""Many tasks on one backbone in memory: the bank, and the HTTP server on it."""

@@ -92,9 +92,9 @@ class Target:
     def comparable(
         self, labels: np.ndarray, seen: np.ndarray, held: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of `held` to judge a training on `seen` by, and classes to leave out of it.
+        """Positions of `held` that test a training on `seen`, and classes to leave out of it.
 
-        A logit that nothing in `seen` could teach, of endless loss, is nothing to judge by.
+        A class that is absent in `seen` has an infinite loss, so it is left out.
         """
         raise NotImplementedError
 
@@ -108,6 +108,10 @@ class Target:
         raise NotImplementedError
 
     # Logits and labels
+
+    def blank(self, count: int, num_classes: int) -> np.ndarray:
+        """Labels in the place of those that `count` images to be predicted do not have."""
+        return np.zeros(count, np.int64)
 
     def conform(self, labels: Any, num_classes: int) -> Any:
         """Labels of a batch from anybody's loader as this target has them, if they plainly are.
@@ -123,6 +127,13 @@ class Target:
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each image (N,)."""
+        raise NotImplementedError
+
+    def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Kullback-Leibler divergence from the probabilities of `teacher` to those of `logits`.
+
+        Of logits (B, C) both; divided by B · C, a scalar.
+        """
         raise NotImplementedError
 
     def num_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -202,7 +213,7 @@ class Target:
         return similarities
 
     def text_truth(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Which of `texts` are true of each image, bool (N, texts)."""
+        """Bool (N, texts): the `texts` that are true of each image."""
         return self.truth(labels, num_classes)
 
 

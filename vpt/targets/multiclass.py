@@ -115,6 +115,11 @@ class Multiclass(Target):
         """Cross-entropy of each image (N,)."""
         return F.cross_entropy(logits, labels, reduction="none")
 
+    def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Divergence of softmax probabilities, a scalar."""
+        log_probabilities = logits.log_softmax(-1), teacher.log_softmax(-1)
+        return F.kl_div(*log_probabilities, reduction="sum", log_target=True) / logits.numel()
+
     def num_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Number of images whose largest logit is their class's."""
         return (logits.argmax(-1) == labels).sum().float()

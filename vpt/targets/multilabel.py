@@ -80,6 +80,10 @@ class Multilabel(Target):
         both = np.flatnonzero(labels.any(0) & ~labels.all(0))
         return [(np.array([index]), labels[:, index].astype(int)) for index in both]
 
+    def blank(self, count: int, num_classes: int) -> np.ndarray:
+        """Rows of 0 in the place of labels that images to be predicted do not have."""
+        return np.zeros((count, num_classes), np.float32)
+
     def conform(self, labels: Any, num_classes: int) -> Tensor:
         """Rows (B, C) float32 of 0 and 1, of any type; between them where labels are smoothed."""
         labels = as_tensor(labels)
@@ -97,6 +101,10 @@ class Multilabel(Target):
         """Mean over the classes of each image's cross-entropy (N,)."""
         labels = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+
+    def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Divergence of C sigmoids, a scalar."""
+        return self.loss(logits, teacher.sigmoid()) - self.loss(teacher, teacher.sigmoid())
 
     def num_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Sum over images of the proportion of right classes."""

@@ -1,6 +1,6 @@
-"""Whether training makes a method better than it starts: cross-validated on the training images."""
+"""Cross-validates training on the training images: it is kept where it lowers the log loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,50 +14,67 @@ from vpt.progress import Log
 from vpt.targets import Target
 from vpt.training.training_set import TrainingSet
 
-ENOUGH = 400  # held-out images to judge by; folds after that many are left out
+ENOUGH = 400  # held-out images that suffice; splits after that many are left out
 LEVEL = 0.05  # of the one-sided test that training helps
 
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # to learn from, to hold out, columns left out
 Predict = Callable[[DataLoader], tuple[Tensor, Tensor]]  # logits and labels
+
+
+def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
+    """The splits that are judged by, and of each the classes that it can't be judged by.
+
+    All images of a patient are in one. They are `folds`, or fewer where only one class has as many
+    images, or ENOUGH are held out before.
+    """
+    parts: list[Part] = []
+    for seen, held in images.target.splits(images.labels, images.patients, folds):
+        if sum(len(held) for _, held, _ in parts) >= ENOUGH:
+            break
+        held, unlearned = images.target.comparable(images.labels, seen, held)
+        if len(held):
+            parts.append((seen, held, unlearned))
+    return parts
 
 
 def training_helps(
     model: Method,
     images: TrainingSet,
-    folds: int,
+    parts: Sequence[Part],
     balanced: bool,
     start: Callable[[DataLoader], None],
     fit: Callable[[DataLoader], object],
     predict: Predict,
     log: Log,
 ) -> bool:
-    """Whether held-out images are answered better after training than before it.
+    """True if training lowers the log loss of held-out images, by a one-sided t-test at LEVEL.
 
-    Better: a lower log loss, image by image, by a t-test at LEVEL. Both have the temperature that
-    suits them best, for trained answers are too sure: a fault that one number mends, and hides what
-    was learned. `model` is left as it was.
+    Logits before and after training each have their best temperature: trained ones are
+    overconfident, which one number mends, and which would hide what was learned. `model` is left as
+    it was.
 
     Args:
         model: to train.
-        images: to train on. All images of a patient are in one fold.
-        folds: how many, fewer where only one class has as many images; each is held out in turn
-            until ENOUGH images were.
+        images: to train on.
+        parts: of `judged_parts`; each is held out in turn.
         balanced: all classes count alike, however many images they have.
         start: makes of `model` what it is before its first step on a loader's images.
         fit: trains `model` on a loader.
         predict: with `model`.
-        log: takes the figures.
+        log: takes lines for the user.
     """
     untrained = {name: tensor.clone() for name, tensor in model.artifact_tensors().items()}
     labels, patients = images.labels, images.patients
     target = model.target
-    log("cross-validation: trains on parts of the training images first")
-    judged, answers = [], []
-    for seen, held in target.splits(labels, patients, folds):
-        if sum(map(len, judged)) >= ENOUGH:
-            break
-        held, unlearned = target.comparable(labels, seen, held)
-        if not len(held):
-            continue
+    if not parts:
+        log("cross-validation: too few images a class, so nothing is trained")
+        return False
+    log(
+        f"cross-validation: trains on {len(parts)} parts of the training images first, to see on "
+        "the others whether it helps"
+    )
+    logits = []
+    for seen, held, unlearned in parts:
         learned, test = images.part(seen, learn=True), images.part(held, learn=False)
         start(learned)
         first, truth = predict(test)
@@ -65,13 +82,9 @@ def training_helps(
         trained, _ = predict(test)
         first[:, unlearned] = trained[:, unlearned] = 0
         model.load_state_dict(untrained, strict=False)
-        judged.append(held)
-        answers.append((first, trained, truth))
-    if not judged:
-        log("cross-validation: too few images a class, so nothing is trained")
-        return False
-    held = np.concatenate(judged)
-    first, trained, truth = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        logits.append((first, trained, truth))
+    held = np.concatenate([held for _, held, _ in parts])
+    first, trained, truth = (torch.cat(parts) for parts in zip(*logits, strict=True))
     gain = (_log_loss(target, first, truth) - _log_loss(target, trained, truth)).numpy()
     before, after = (100 * target.num_correct(x, truth) / len(held) for x in (first, trained))
     if balanced:
@@ -83,18 +96,20 @@ def training_helps(
         gain = np.bincount(patient, gain) / np.bincount(patient)
     p = ttest_1samp(gain, 0, alternative="greater").pvalue if len(gain) > 1 and gain.any() else 1.0
     helps = bool(p < LEVEL)
+    verdict = "trained" if helps else "left as it starts; train.folds=null trains all the same"
     log(
         f"cross-validation: of {len(held)} held-out training images {before:.1f} % right before "
-        f"training, {after:.1f} % after, p = {p:.2f}: {'trained' if helps else 'left as it starts'}"
+        f"training, {after:.1f} % after. Chance alone lowers the log loss so much in {p:.0%} of "
+        f"cases (p = {p:.2f}), and less than {LEVEL:.0%} are wanted: {verdict}"
     )
     return helps
 
 
-def assign_folds(images: TrainingSet, folds: int) -> np.ndarray:
-    """Which of `folds` holds out each image (N,), from 0; `folds` itself where none does."""
-    numbers = np.full(len(images.labels), folds)
-    for fold, (_, held) in enumerate(images.target.splits(images.labels, images.patients, folds)):
-        numbers[held] = fold
+def assign_splits(images: TrainingSet, count: int) -> np.ndarray:
+    """Index (N,) of the split that holds out each image, from 0; `count` where none does."""
+    numbers = np.full(len(images.labels), count)
+    for split, (_, held) in enumerate(images.target.splits(images.labels, images.patients, count)):
+        numbers[held] = split
     return numbers
 
 

@@ -1,6 +1,7 @@
-"""What never changes for an image, computed once: features, and a method's frozen columns."""
+"""Features and a method's frozen columns, which never change for an image: computed once."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -21,6 +22,8 @@ from vpt.methods.base import Batch
 from vpt.progress import Log
 from vpt.resources import package_version
 from vpt.training.training_set import INPUTS, Batches
+
+NAMES = "names"  # the column of a file that says whose its rows are
 
 
 class FrozenColumns:
@@ -72,31 +75,45 @@ class FrozenColumns:
         self.columns = self.stored[view]
 
     def _load(self, view: int) -> dict[str, Tensor]:
+        first = view * len(self.train.dataset)
         if self.folder is None:
-            return self._compute(view)
-        key = self._key(view)
+            return self._compute(range(first, first + len(self.train.dataset)))
+        key, names = self._key(view), self._names()
         path = self.folder / f"{key}.safetensors"
         main = self.accelerator.is_main_process
         # one process decides for all: they compute columns together or not at all
-        (columns,) = broadcast_object_list([_read(path, key) if main else None])
-        if columns is not None:
-            self.log(f"image features: from {path}")
-            return columns
-        if path.is_file():
+        (kept,) = broadcast_object_list([_read(path, key) if main else None])
+        if kept is None and path.is_file():
             self.log(f"image features: broken, so made again: {path}")
-        columns = self._compute(view)
-        if main:
-            header = {"sha256": digest(columns, key)}
-            write_atomically(path, safetensors.torch.save(columns, header))
-        return columns
+        known = _rows(kept[NAMES]) if kept else {}
+        missing = [index for index, name in enumerate(names.numpy()) if name.tobytes() not in known]
+        if missing:
+            made = self._compute([first + index for index in missing])
+            made[NAMES] = names[missing]
+            kept = {n: torch.cat([kept[n], made[n]]) for n in made} if kept else made
+            if main:
+                header = {"sha256": digest(kept, key)}
+                write_atomically(path, safetensors.torch.save(kept, header))
+        else:
+            self.log(f"image features: from {path}")
+        known = _rows(kept[NAMES])
+        rows = [known[name.tobytes()] for name in names.numpy()]
+        return {name: column[rows] for name, column in kept.items() if name != NAMES}
+
+    def _names(self) -> Tensor:
+        """Hashes (N, bytes) that tell images apart: of contents, or of places if augmented."""
+        images = self.train.dataset
+        if images.deterministic:
+            names = b"".join(images.samples.hashes())
+            return torch.frombuffer(bytearray(names), dtype=torch.uint8).view(len(images), -1)
+        return torch.arange(len(images)).view(torch.uint8).view(len(images), -1)
 
     @torch.no_grad()
-    def _compute(self, view: int) -> dict[str, Tensor]:
-        count = len(self.train.dataset)
+    def _compute(self, positions: Sequence[int]) -> dict[str, Tensor]:
         loader = DataLoader(
             self.train.dataset,
             EVAL_BATCH,
-            sampler=range(view * count, (view + 1) * count),
+            sampler=positions,
             num_workers=self.train.num_workers,
             collate_fn=self.train.collate_fn,
         )
@@ -124,8 +141,10 @@ class FrozenColumns:
                 "backbone": [model.backbone.fingerprint(), repr(model.backbone.model)],
                 "method": own and [model.name, model.options.model_dump(mode="json")],
                 "preprocess": model.backbone.preprocess.to_dict(),
-                "augment": images.deterministic or [images.augmentation, images.seed, view],
-                "images": images.samples.content_hash(),
+                "windows": images.samples.windows,
+                # any set of images adds to the file of those that are not augmented
+                "augment": images.deterministic
+                or [images.augmentation, images.seed, view, images.samples.content_hash()],
                 "precision": self.accelerator.mixed_precision,
             },
             sort_keys=True,
@@ -187,6 +206,10 @@ def _check(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     if not all(column.isfinite().all() for column in columns.values()):
         raise InputError("features are not finite: check the backbone's weights, or lower train.lr")
     return columns
+
+
+def _rows(names: Tensor) -> dict[bytes, int]:
+    return {name.tobytes(): row for row, name in enumerate(names.numpy())}
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:

@@ -3,7 +3,8 @@
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from torch.utils.data import DataLoader
 from vpt import losses
 from vpt.accelerator import make_accelerator
 from vpt.config import EngineConfig, TrainConfig, validate
+from vpt.data.loaders import CACHE_BYTES
 from vpt.errors import InputError
-from vpt.evaluation.evaluate import evaluate, predict
+from vpt.evaluation.evaluate import EVAL_BATCH, evaluate, predict
 from vpt.files import write_atomically
 from vpt.losses import Loss
 from vpt.methods import Method
 from vpt.methods.base import Batch, Epoch
-from vpt.methods.linear_probe import FOLDS
-from vpt.progress import EpochBar, Log
-from vpt.training.crossval import assign_folds, training_helps
+from vpt.methods.linear_probe import SPLITS
+from vpt.progress import Log, TrainingBar
+from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
 from vpt.training.epochs import Record, epochs
 from vpt.training.features import FrozenColumns, current_features, image_features
 from vpt.training.training_set import Batches, TrainingSet
@@ -42,7 +44,7 @@ def fit(
     checkpoint: Path | None = None,
     on_epoch: Callable[[list[Record]], None] | None = None,
     engine: EngineConfig | None = None,
-    progress: bool = False,
+    progress: bool | TrainingBar = False,
     log: Log = lambda line: None,
 ) -> list[Record]:
     """Train the tunable parameters of `model`, or fit it at once where that needs no gradients.
@@ -60,7 +62,8 @@ def fit(
         checkpoint: a file written after each epoch, and continued from where it exists.
         on_epoch: called by the main process after each epoch with all records so far.
         engine: `compile` and `feature_cache` of an EngineConfig; None: neither.
-        progress: show a bar with loss and accuracy.
+        progress: show a bar with loss, accuracy and the time left; or the bar of a training of
+            which this one is a stage.
         log: takes lines for the user.
 
     Returns:
@@ -87,22 +90,35 @@ def fit(
     plain = images.batches(images.plain if in_order else train)
     loss = _make(chosen, model, images)
     frozen = _frozen_columns(model, images, config, engine, accelerator, log)
+    if images.own and not frozen and (beyond := images.loader.dataset.beyond_store):
+        log(
+            f"memory: {beyond} of {len(images.loader.dataset)} images do not fit into the "
+            f"{CACHE_BYTES / 2**30:g} GiB for decoded ones, so each pass decodes them anew"
+        )
     if model.solved:
         seen = current_features(model, plain, accelerator, frozen)
         return [_solve(model, seen, accelerator, begin)]
     optimizer = make_optimizer(model, config)
     history = _resume(checkpoint, model, optimizer)
-    if config.folds and not history:
-        helps = _training_helps(model, images, chosen, config, engine, accelerator, log)
-        # training on parts has reset the state that all accelerators share
-        accelerator = make_accelerator(config.precision, engine.compile)
+    parts = judged_parts(images, config.folds) if config.folds and not history else []
+    with _bar(progress, model, images, parts, config, accelerator) as bar:
+        images.tick = bar.tick
+        plain = images.batches(plain.loader)
+        helps = True
+        if config.folds and not history:
+            helps = _training_helps(
+                model, images, parts, chosen, config, engine, accelerator, bar, log
+            )
+            # training on parts has reset the state that all accelerators share
+            accelerator = make_accelerator(config.precision, engine.compile)
+        if bar is not progress:
+            bar.next_stage()
         if not helps:
             features = partial(current_features, model, plain, accelerator, frozen)
             model.before_epoch(Epoch(0, config.epochs, loss, plain, features))
             return [_record(model, *predict(model, plain.loader, config.precision), begin)]
-    shown, plain = _batches(model, images, plain, frozen)
-    with EpochBar(config.epochs, show=progress and accelerator.is_main_process) as bar:
-        bar.update(history)
+        shown, plain = _batches(model, images, plain, frozen)
+        bar.update(history, config.epochs)
         for record in epochs(
             model, optimizer, shown, plain, frozen, loss, config, accelerator, len(history)
         ):
@@ -116,7 +132,7 @@ def fit(
                     on_epoch(history)
                 if checkpoint:
                     _write_checkpoint(checkpoint, model, optimizer, history)
-            bar.update(history)
+            bar.update(history, config.epochs)
     model.eval()
     return history
 
@@ -149,9 +165,43 @@ def _prepare(
         images.check_parts("method.head=crossfit")
     if not config.min_steps:
         return config
-    epochs = max(config.epochs, math.ceil(config.min_steps / max(len(images.loader), 1)))
+    epochs = _num_epochs(config, len(images.loader))
     warmup = round(config.warmup_epochs * epochs / config.epochs)
     return config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
+
+
+def _num_epochs(config: TrainConfig, batches: int) -> int:
+    """Epochs of so many batches that `min_steps` needs."""
+    return max(config.epochs, math.ceil((config.min_steps or 0) / max(batches, 1)))
+
+
+def _bar(
+    progress: bool | TrainingBar,
+    model: Method,
+    images: TrainingSet,
+    parts: Sequence[Part],
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> AbstractContextManager[TrainingBar]:
+    """The bar over the parts of cross-validation and the training after them, or a given one."""
+    if isinstance(progress, TrainingBar):
+        return nullcontext(progress)
+
+    def size(batches: int, plain: int) -> int:
+        epochs = _num_epochs(config, batches)
+        return epochs * batches + plain * (epochs + 1 if model.cross_fitted else 1)
+
+    stages = []
+    for number, (seen, _, _) in enumerate(parts, 1):
+        batches = math.ceil(len(seen) / images.loader.batch_size)
+        plain = math.ceil(len(seen) / EVAL_BATCH)  # once more, for the start
+        stages.append((f"trying out, {number} of {len(parts)}", size(batches, plain) + plain))
+    try:
+        batches = len(images.loader)
+    except TypeError:  # an iterable data set may have no length
+        batches = 1
+    stages.append(("training", size(batches, math.ceil(batches * config.batch_size / EVAL_BATCH))))
+    return TrainingBar(stages, bool(progress) and accelerator.is_main_process)
 
 
 def _make(loss: type[Loss] | Loss, model: Method, images: TrainingSet) -> Loss:
@@ -189,10 +239,12 @@ def _solve(model: Method, seen: Batch, accelerator: Accelerator, begin: float) -
 def _training_helps(
     model: Method,
     images: TrainingSet,
+    parts: Sequence[Part],
     loss: type[Loss] | Loss,
     config: TrainConfig,
     engine: EngineConfig,
     accelerator: Accelerator,
+    bar: TrainingBar,
     log: Log,
 ) -> bool:
     """`training_helps` with this configuration."""
@@ -201,10 +253,10 @@ def _training_helps(
     return training_helps(
         model,
         images,
-        config.folds,
+        parts,
         _make(loss, model, images).log_weights is not None,
-        partial(_start, model, loss, config, accelerator),
-        partial(fit, model, loss=loss, config=once, engine=plainly),
+        partial(_start, model, loss, config, accelerator, bar),
+        partial(fit, model, loss=loss, config=once, engine=plainly, progress=bar),
         partial(predict, model, precision=config.precision),
         log,
     )
@@ -215,10 +267,13 @@ def _start(
     loss: type[Loss] | Loss,
     config: TrainConfig,
     accelerator: Accelerator,
+    bar: TrainingBar,
     loader: DataLoader,
 ) -> None:
     """Make `model` what it is before its first step on the images of `loader`."""
+    bar.next_stage()
     images = TrainingSet(loader, model.target, len(model.class_names))
+    images.tick = bar.tick
     batches = images.batches(images.plain)
     features = partial(image_features, model, batches, accelerator)
     model.before_epoch(Epoch(0, config.epochs, _make(loss, model, images), batches, features))
@@ -233,7 +288,7 @@ def _batches(
     columns = {}
     if model.cross_fitted:
         # the last is of images that were not there to be split
-        splits = np.append(assign_folds(images, FOLDS), FOLDS)
+        splits = np.append(assign_splits(images, SPLITS), SPLITS)
         columns["split"] = torch.from_numpy(splits)
     count = len(images.places)
     loader, ordered = images.numbered(
@@ -287,6 +342,6 @@ def _write_checkpoint(
     path: Path, model: Method, optimizer: torch.optim.Optimizer, history: list[Record]
 ) -> None:
     buffer = io.BytesIO()
-    state = {"model": model.artifact_tensors(), "optimizer": optimizer.state_dict()}
+    state = {"model": model.training_tensors(), "optimizer": optimizer.state_dict()}
     torch.save({**state, "history": history}, buffer)
     write_atomically(path, buffer.getvalue())

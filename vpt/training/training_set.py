@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from vpt.data.loaders import EpochSampler, ImageDataset, make_loader
+from vpt.data.loaders import EpochSampler, ImageDataset, load
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import EVAL_BATCH
 from vpt.methods.base import Batch
@@ -30,7 +30,10 @@ class TrainingSet:
         target: the kind of its labels.
         num_classes: how many classes there are.
         own: `make_loader(…, train=True)` made it: all of its data set is trained on.
+        tick: called for each batch that is read of `batches`.
     """
+
+    tick: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, loader: DataLoader, target: Target, num_classes: int) -> None:
         self.loader, self.target, self.num_classes = loader, target, num_classes
@@ -66,7 +69,7 @@ class TrainingSet:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """Where each image (N,) is in the data set: a sampler may leave some out."""
+        """Index (N,) of each image in the data set: a sampler may leave some out."""
         drawn = range(len(self.loader.dataset)) if self.own else map(int, self.loader.sampler)
         (places,) = broadcast_object_list([np.unique(list(drawn))])  # alike in all processes
         return places
@@ -100,19 +103,17 @@ class TrainingSet:
         if not self.own:
             chosen = Subset(dataset, self.places[positions].tolist())
             return _like(loader, chosen, batch_size, shuffle=learn)
-        return make_loader(
-            dataset.samples.take(positions),
-            dataset.preprocess,
+        chosen = dataset.take(positions)
+        return load(
+            chosen if learn else chosen.plain(),
             batch_size,
             train=learn,
-            augment=dataset.augmentation if learn else "none",
-            seed=dataset.seed,
             workers=loader.num_workers,
         )
 
     def batches(self, loader: DataLoader, columns: dict[str, Tensor] | None = None) -> "Batches":
         """Batches of `loader`, one of these images."""
-        return Batches(loader, columns, self.conform)
+        return Batches(loader, columns, self.conform, self.tick)
 
     def class_counts(self) -> Tensor:
         """Number of images of each class (C,); those of another's loader are all read once."""
@@ -158,13 +159,15 @@ class Batches:
         loader: DataLoader,
         columns: dict[str, Tensor] | None = None,
         conform: Callable[[Any], Tensor] | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """`conform` is that of the loader's `TrainingSet`."""
-        self.loader, self.columns, self.conform = loader, columns or {}, conform
+        """`conform` and `tick` are those of the loader's `TrainingSet`."""
+        self.loader, self.columns, self.conform, self.tick = loader, columns or {}, conform, tick
         self.numbered = isinstance(loader.dataset, _Numbered)
 
     def __iter__(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.loader):
+            self.tick()
             batch, places = batch if self.numbered else (batch, None)
             batch = Batch.read(batch, number, self.conform)
             if places is None:
@@ -182,13 +185,13 @@ class Batches:
                 yield Batch(cached, batch.labels, columns, cached=True)
 
     def with_columns(self, columns: dict[str, Tensor]) -> "Batches":
-        """The same with these columns too, or instead."""
-        return Batches(self.loader, {**self.columns, **columns}, self.conform)
+        """Copy with these columns too, or instead."""
+        return Batches(self.loader, {**self.columns, **columns}, self.conform, self.tick)
 
     def prepared(self, accelerator: Accelerator) -> "Batches":
-        """The same on the accelerator's device, split over its processes."""
+        """Copy on the accelerator's device, split over its processes."""
         columns = {name: c.to(accelerator.device) for name, c in self.columns.items()}
-        return Batches(accelerator.prepare(self.loader), columns, self.conform)
+        return Batches(accelerator.prepare(self.loader), columns, self.conform, self.tick)
 
 
 class _Labels(Dataset):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vpt.backbones._inserted import InsertedTexts
 from vpt.backbones._packed import PackedSuffixes
 from vpt.backbones._resblock import is_plain
 from vpt.backbones.text import TextPrompts, TextTower, Tokenizer
@@ -89,6 +90,10 @@ class Tower(TextTower):
     ) -> Tensor:
         """Text features (B, C, dim), not normalised, of all C texts after each prefix."""
         return suffixes(self, prefixes, [] if prompts is None else prompts)
+
+    def insert(self, ids: Tensor, first: int, count: int) -> InsertedTexts:
+        """Texts (C, T) that `count` learned tokens enter at block `first`."""
+        return InsertedTexts(self, ids, first, count)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """EOT tokens (…, width) after the last block to text features (…, dim)."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Read(NamedTuple):
-    """What a layout read; one of one's own may give a plain tuple of the first two.
+    """Result of a layout's `read`; one of one's own may give a plain tuple of the first two.
 
     Attributes:
         class_names: in label order.

@@ -3,10 +3,11 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from vpt.data.layouts._files import part_of
 from vpt.data.search import composed
 from vpt.errors import InputError, some
 
@@ -24,12 +25,17 @@ _NAMES = {
     "split": ("split", "part", "partition", "subset", "set", "usage", "phase", "fold"),
     "patient": (
         *("patient", "patientid", "subject", "subjectid", "participant", "participantid"),
-        *("personid", "case", "caseid", "lesionid"),
+        *("personid", "pid", "mrn", "ptid", "patid", "subj", "subjid", "donor", "donorid"),
+        *("individual", "individualid", "animalid", "case", "caseid", "lesionid", "eyeid"),
+        *("studyid", "studyinstanceuid", "slideid", "specimenid"),
     ),
 }
 # In the name of a column that would be one of these roles; of patients, not what describes them
 _NEAR = {
-    "split": re.compile(r"split|fold|partition|subset|istest|istrain|traintest"),
+    "split": re.compile(
+        r"split|fold|partition|subset|train(or|and)?test|"
+        r"^(is|in)?(train(ing)?|test(ing)?|val(id(ation)?)?|holdout)(set)?$"
+    ),
     "patient": re.compile(
         r"(patient|subject|participant|lesion)(?!.*(age|sex|gender|weight|height|size|position|"
         r"orientation|race|ethnicity|type|location|site))"
@@ -59,7 +65,7 @@ def read_table(path: Path) -> Table:
 
     Raises:
         InputError: not such a file; a line with more fields than the header; two columns of one
-            name; one that is nearly called as its role is.
+            name; one that is nearly called as its role is, or holds parts but is not split.
     """
     text, encoding = _text(path)
     header = text.partition("\n")[0]
@@ -77,7 +83,8 @@ def read_table(path: Path) -> Table:
     others = [name for name in names if name not in columns.values()]
     for role in _NEAR.keys() - columns:
         for name in others:
-            if _NEAR[role].search(_letters(name)) or _is_typo(_letters(name), _TYPOS[role]):
+            near = _NEAR[role].search(_letters(name)) or _is_typo(_letters(name), _TYPOS[role])
+            if near or (role == "split" and _holds_parts(row[name] for _, row in rows)):
                 raise InputError(
                     f"{path}, line 1: column {name!r} looks like {role}, but is not called so: "
                     f"rename it {role}, or remove it"
@@ -129,6 +136,12 @@ def _column(path: Path, role: str, names: list[str]) -> str | None:
             f"{path}, line 1: {' and '.join(found)} could all be the {role}: rename one {role}"
         )
     return found[0]
+
+
+def _holds_parts(values: Iterable[str]) -> bool:
+    """True if all values name parts, of which there are several."""
+    parts = {part_of(value) for value in set(values)}
+    return len(parts) > 1 and None not in parts
 
 
 def _letters(name: str) -> str:

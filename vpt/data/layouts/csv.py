@@ -1,6 +1,7 @@
 """A table with a line an image: its path, its label and, if there are, its part and patient."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -200,7 +201,7 @@ class _Files:
         text = text.replace("\\", "/") if not (self.folder / text).is_file() else text
         if (self.folder / text).is_file():
             return self.folder / text
-        found = self._by_name.get(composed(Path(text).as_posix()), [])
+        found = next(filter(None, map(self._named, _tails(text))), [])
         if not found:
             raise InputError(f"{where}: {text}: no such file: mend the path")
         if len(found) > 1:
@@ -210,6 +211,9 @@ class _Files:
             )
         return found[0]
 
+    def _named(self, text: str) -> list[Path]:
+        return self._by_name.get(composed(Path(text).as_posix()), [])
+
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
         index: dict[str, list[Path]] = {}
@@ -218,3 +222,13 @@ class _Files:
             for key in {name, name.rpartition(".")[0], file, file.rpartition(".")[0]}:
                 index.setdefault(key, []).append(path)
         return index
+
+
+def _tails(text: str) -> list[str]:
+    """The path itself; of another machine's (absolute) also what is below each of its folders.
+
+    The name alone is none, for an image of another folder may have it too.
+    """
+    parts = text.split("/")
+    absolute = text.startswith("/") or re.match("[a-zA-Z]:/", text)
+    return [text, *("/".join(parts[i:]) for i in range(1, len(parts) - 1) if absolute)]

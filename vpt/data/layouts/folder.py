@@ -1,5 +1,7 @@
 """A folder of class folders, or train/ + val/ + test/ of them."""
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from vpt.data.search import Found, matches, say, search, subfolders
 from vpt.errors import InputError, some
 
 ROOT = "folder"
+_PART = re.compile(r"train|val|test|dev", re.IGNORECASE)
 Classes = dict[str, dict[str, Path]]  # class: name of an image: its file
 
 
@@ -120,14 +123,22 @@ def _check_others(root: Path, parts: dict[str, str], train: Classes, found: Foun
         found.left_out[name] = f"images outside {', '.join(parts.values())}"
 
 
+def _first_folders(images: Collection[str]) -> set[str]:
+    """Folders in the first folder of a class that holds more than one other."""
+    folders = [name.split("/")[1:-1] for name in images]
+    while len(first := {tuple(path[:1]) for path in folders}) == 1 and first != {()}:
+        folders = [path[1:] for path in folders]
+    return {folder for path in first for folder in path}
+
+
 def _check_apart(root: Path, classes: Classes) -> None:
     """Refuses folders that all hold the same folders, which are more likely the classes."""
-    inside = [
-        {rest[1] for name in images if len(rest := name.split("/")) > 2}
-        for images in classes.values()
-    ]
-    common = inside[0]
-    if len(inside) > 1 and len(common) > 1 and all(folders == common for folders in inside):
+    inside = [_first_folders(images) for images in classes.values()]
+    common = set.intersection(*inside)
+    alike = common == max(inside, key=len)
+    # parts of unknown spelling, one of which lacks a class
+    parts = common in inside and any(_PART.search(name) for name in classes)
+    if len(inside) > 1 and len(common) > 1 and (alike or parts):
         raise InputError(
             f"{root}: its folders {some(classes)} all hold the folders {some(common)}: call them "
             "train, val and test if they are parts, give data.root=FOLDER for one of them or "

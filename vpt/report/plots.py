@@ -1,4 +1,4 @@
-"""Accuracy against shots, accuracy against cost, learning curves: a small figure each."""
+"""Accuracy against shots, accuracy against cost, learning curves: a small plot each."""
 
 import base64
 import io
@@ -32,15 +32,15 @@ COSTS = {"train_seconds": ("seconds to train", 0), "stored_parameters": ("stored
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A figure as a data URI, and what it shows in words."""
+class Plot:
+    """A plot as a data URI, and what it shows in words."""
 
     uri: str
     caption: str
 
 
-def draw_figures(cells: pd.DataFrame, curves: pd.DataFrame) -> dict[str, list[Drawing]]:
-    """Data set → its figures, those for which there is data; a method has one colour in all.
+def draw_plots(cells: pd.DataFrame, curves: pd.DataFrame) -> dict[str, list[Plot]]:
+    """Data set → its plots, those for which there is data; a method has one colour in all.
 
     Args:
         cells: from `vpt.report.tables.make_cells`.
@@ -57,14 +57,14 @@ def draw_figures(cells: pd.DataFrame, curves: pd.DataFrame) -> dict[str, list[Dr
     with mpl.rc_context(STYLE):
         return {
             data: [
-                replace(drawing, caption=" ".join([drawing.caption, *legend(names)]))
-                for drawing in _draw(part, curves[curves["data"] == data])
+                replace(plot, caption=" ".join([plot.caption, *legend(names)]))
+                for plot in _draw(part, curves[curves["data"] == data])
             ]
             for data, part in cells.groupby("data")
         }
 
 
-def _draw(cells: pd.DataFrame, curves: pd.DataFrame) -> Iterator[Drawing]:
+def _draw(cells: pd.DataFrame, curves: pd.DataFrame) -> Iterator[Plot]:
     counted = cells[cells.shots < math.inf]
     if counted.shots.nunique() > 1:
         figure = _figure()
@@ -130,10 +130,10 @@ def _figure(height: float = 3.2) -> Figure:
     return Figure(figsize=(4, height), layout="constrained")
 
 
-def _finish(figure: Figure, caption: str) -> Drawing:
+def _finish(figure: Figure, caption: str) -> Plot:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.1, 0))
     buffer = io.BytesIO()
     letter(figure).savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     code = base64.b64encode(buffer.getvalue()).decode()
-    return Drawing(f"data:image/svg+xml;base64,{code}", caption)
+    return Plot(f"data:image/svg+xml;base64,{code}", caption)
