@@ -1,0 +1,40 @@
+"""Serve artefacts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpt.cli.app import app, say
+from vpt.errors import InputError
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Its NAME.safetensors are the tasks.")],
+    limits: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as queue=64.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Other than this machine needs --tokens.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    tokens: Annotated[
+        Path | None, typer.Option(help="YAML: token, tasks and admin of each tenant.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The backbone's weights, where they have moved.")
+    ] = None,
+) -> None:
+    """Serve a folder of artefacts over HTTP, all on one backbone in memory.
+
+    SIGHUP reads the folder again; SIGTERM answers what was accepted first.
+    """
+    try:
+        from vpt.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"vpt serve needs {error.name}: pip install 'visual-prompt-tuning[serve]'"
+        ) from None
+
+    serve(folder, host, port, tokens, checkpoint, limits or [], log=say)
