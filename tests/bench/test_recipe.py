@@ -1,8 +1,11 @@
 """`vpt bench recipe` says what the default recipe takes."""
 
 import pytest
+import tiny
+import torch
 from tiny import vpt_cli
 
+import vpt
 from vpt import run as stages
 from vpt.bench import recipe
 
@@ -39,3 +42,12 @@ def test_a_pass_is_of_all_training_images(monkeypatch):
     monkeypatch.setattr(type(prepared.model.backbone), "forward", spy)
     assert recipe.pass_seconds(prepared) > 0
     assert counts == [20] * (recipe.PASSES + 1)
+
+
+def test_images_are_counted_forward_and_backward():
+    model = vpt.attach(tiny.vit(), num_classes=3)
+    count = recipe.count_images(model.backbone)
+    model(tiny.images(2)).sum().backward()
+    with torch.no_grad():
+        model(tiny.images(3))
+    assert count == {"forward": 5, "backward": 2}

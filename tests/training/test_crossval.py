@@ -22,6 +22,7 @@ from vpt.targets.multiclass import Multiclass
 from vpt.training import crossval
 from vpt.training import fit as train
 from vpt.training.crossval import judged_parts, training_helps
+from vpt.training.dial import FACTORS
 from vpt.training.training_set import TrainingSet
 
 
@@ -325,8 +326,8 @@ def test_one_bar_counts_the_batches_of_all_stages(monkeypatch, level):
     model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
     config = {"epochs": 2, "folds": 2, "min_steps": 6}
     vpt.fit(model, loader(model, samples([0, 1] * 12)), config=config)
-    part = 2 + 3 * (2 + 1)  # 2 passes before it and after it, and 3 epochs of a pass and 2 steps
-    assert counted[:2] == [[part, part]] * 2
-    assert counted[2] == [2 * 3 + 3, 2 * 3 + 3 if level else 1]
+    parts = 1 + 2 * 3 + len(FACTORS)  # a pass before, 2 epochs of 3 steps, a pass a factor
+    assert counted[0] == [parts, parts if level else 1]
+    assert counted[1:] == ([[2 * 6 + 3] * 2] if level else [])  # a pass before each epoch and after
     assert moved[-1] == 1
     assert max(moved) == 1

@@ -107,6 +107,11 @@ class Tokens(ImagePrompts):
             prompts = F.dropout(prompts, self.options.dropout)
         return Prompts(list(prompts), self.layers, self.options.position, self.gates)
 
+    def turn_gates(self, factor: float) -> None:
+        """Multiply all gates."""
+        with torch.no_grad():
+            self.gates.mul_(factor)
+
     def layer_prompts(self) -> Tensor:
         """Prompts (len(layers), num_tokens, width) of all prompted blocks."""
         return self.prompts if self.projection is None else self.projection(self.prompts)

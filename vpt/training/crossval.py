@@ -14,7 +14,8 @@ from vpt.progress import Log
 from vpt.targets import Target
 from vpt.training.training_set import TrainingSet
 
-ENOUGH = 400  # held-out images that suffice; splits after that many are left out
+ENOUGH = 300  # held-out images that suffice; splits after that many are left out
+LEARNED = 640  # images that a split learns from at most, or 6 a class
 LEVEL = 0.05  # of the one-sided test that training helps
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # to learn from, to hold out, columns left out
@@ -25,12 +26,14 @@ def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
     """The splits that are judged by, and of each the classes that it can't be judged by.
 
     All images of a patient are in one. They are `folds`, or fewer where only one class has as many
-    images, or ENOUGH are held out before.
+    images, or ENOUGH are held out before. A split learns from LEARNED images at most.
     """
     parts: list[Part] = []
     for seen, held in images.target.splits(images.labels, images.patients, folds):
         if sum(len(held) for _, held, _ in parts) >= ENOUGH:
             break
+        most = max(LEARNED, 6 * images.num_classes)
+        seen = np.sort(np.random.default_rng(0).permutation(seen)[:most])
         held, unlearned = images.target.comparable(images.labels, seen, held)
         if len(held):
             parts.append((seen, held, unlearned))
@@ -64,7 +67,6 @@ def training_helps(
         log: takes lines for the user.
     """
     untrained = {name: tensor.clone() for name, tensor in model.artifact_tensors().items()}
-    labels, patients = images.labels, images.patients
     target = model.target
     if not parts:
         log("cross-validation: too few images a class, so nothing is trained")
@@ -85,15 +87,9 @@ def training_helps(
         logits.append((first, trained, truth))
     held = np.concatenate([held for _, held, _ in parts])
     first, trained, truth = (torch.cat(parts) for parts in zip(*logits, strict=True))
-    gain = (_log_loss(target, first, truth) - _log_loss(target, trained, truth)).numpy()
+    gain = (log_losses(target, first, truth) - log_losses(target, trained, truth)).numpy()
     before, after = (100 * target.num_correct(x, truth) / len(held) for x in (first, trained))
-    if balanced:
-        present, classes = target.truth(truth, first.shape[1]).numpy(), model.class_names
-        counts = target.class_counts(labels[held], len(classes)).clip(min=1)
-        gain *= (len(held) * present / counts).sum(1)
-    if patients:  # images of one patient are not independent
-        _, patient = np.unique([patients[i] for i in held], return_inverse=True)
-        gain = np.bincount(patient, gain) / np.bincount(patient)
+    gain = weigh(gain, target, images, held, balanced, len(model.class_names))
     p = ttest_1samp(gain, 0, alternative="greater").pvalue if len(gain) > 1 and gain.any() else 1.0
     helps = bool(p < LEVEL)
     verdict = "trained" if helps else "left as it starts; train.folds=null trains all the same"
@@ -113,7 +109,32 @@ def assign_splits(images: TrainingSet, count: int) -> np.ndarray:
     return numbers
 
 
-def _log_loss(target: Target, logits: Tensor, labels: Tensor) -> Tensor:
+def log_losses(target: Target, logits: Tensor, labels: Tensor) -> Tensor:
     """Log loss of each image (N,), at the temperature that is best for all."""
     scaled = logits.double() / best_temperature(target, logits, labels)
     return target.losses(scaled, labels)
+
+
+def weigh(
+    gains: np.ndarray,
+    target: Target,
+    images: TrainingSet,
+    held: np.ndarray,
+    balanced: bool,
+    num_classes: int,
+) -> np.ndarray:
+    """Gains (…, M) of the images `held`, fit to be averaged and tested.
+
+    With `balanced` weighted so that classes count alike; means over patients where these are
+    known: images of one patient are not independent.
+    """
+    labels = images.labels[held]
+    if balanced:
+        present = target.truth(torch.from_numpy(labels), num_classes).numpy()
+        counts = target.class_counts(labels, num_classes).clip(min=1)
+        gains = gains * (len(held) * present / counts).sum(1)
+    if images.patients:
+        _, patient = np.unique([images.patients[i] for i in held], return_inverse=True)
+        of = np.eye(patient.max() + 1)[patient]
+        gains = gains @ of / of.sum(0)
+    return gains

@@ -31,8 +31,14 @@ def epochs(
     config: TrainConfig,
     accelerator: Accelerator,
     done: int,
+    start: Batch | None = None,
+    factor: float = 1.0,
 ) -> Iterator[Record]:
-    """Train for the epochs that are not `done`; a record of each as soon as it is over."""
+    """Train for the epochs that are not `done`; a record of each as soon as it is over.
+
+    `start` has the features before the first step, where they are known. After the last one gates
+    are multiplied by `factor`.
+    """
     # prepared once, so that its workers keep what they have decoded
     shown = plain.prepared(accelerator) if model.cross_fitted else plain
     features = partial(current_features, model, shown, accelerator, frozen)
@@ -42,6 +48,8 @@ def epochs(
     for number in range(done, config.epochs):
         set_seed(config.seed + number, device_specific=True)
         at = Epoch(number, config.epochs, loss, plain, features)
+        if start is not None and not number:
+            at = at._replace(features=lambda: start)
         model.before_epoch(at)
         if frozen:
             frozen.show(number)
@@ -61,6 +69,8 @@ def epochs(
             )
         model.after_epoch(at)
         if number == config.epochs - 1:
+            if factor != 1:
+                model.turn_gates(factor)
             model.after_training(at)
         yield {"epoch": number, "lr": lr, **means}
 
@@ -107,6 +117,20 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
             return config.lr * epoch / warmup
         turn = (epoch - warmup) / (epochs - warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * turn))
+
+
+def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW on the tunable parameters, with no weight decay on a head's bias."""
+    named = model.tunable_parameters()
+    groups = [
+        {"params": [p for n, p in named.items() if n != "head.bias"]},
+        {"params": [p for n, p in named.items() if n == "head.bias"], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(groups, config.lr, eps=config.eps, weight_decay=config.weight_decay)
 
 
 class _Step(nn.Module):

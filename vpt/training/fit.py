@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,9 +28,12 @@ from vpt.methods import Method
 from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
 from vpt.progress import Log, TrainingBar
+from vpt.training import side_by_side
 from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
-from vpt.training.epochs import Record, epochs
+from vpt.training.dial import FACTORS, choose_factor
+from vpt.training.epochs import Record, epochs, make_optimizer
 from vpt.training.features import FrozenColumns, current_features, image_features
+from vpt.training.side_by_side import SideBySide
 from vpt.training.training_set import Batches, TrainingSet
 
 
@@ -101,29 +104,56 @@ def fit(
     optimizer = make_optimizer(model, config)
     history = _resume(checkpoint, model, optimizer)
     parts = judged_parts(images, config.folds) if config.folds and not history else []
+    together = side_by_side.fits(model)
     with _bar(progress, model, images, parts, config, accelerator) as bar:
         images.tick = bar.tick
+        if together and parts:
+            bar.next_stage()
         plain = images.batches(plain.loader)
-        helps = True
-        if config.folds and not history:
+        shown, ordered = _batches(model, images, plain, frozen)
+        start = None
+        factor = history[0].get("factor", 1.0) if history else 1.0  # that a stopped run had chosen
+        if config.folds and not history and together:
+            start = image_features(model, ordered, accelerator)
+            model.before_epoch(Epoch(0, config.epochs, loss, plain, lambda: start))
+            factor = _choose_factor(
+                model, images, parts, chosen, config, start, accelerator, bar, log
+            )
+            if not factor:
+                return [_record(model, _logits(model, start, accelerator), start.labels, begin)]
+        elif config.folds and not history:
             helps = _training_helps(
                 model, images, parts, chosen, config, engine, accelerator, bar, log
             )
             # training on parts has reset the state that all accelerators share
             accelerator = make_accelerator(config.precision, engine.compile)
+            if not helps:
+                if bar is not progress:
+                    bar.next_stage()
+                features = partial(current_features, model, plain, accelerator, frozen)
+                model.before_epoch(Epoch(0, config.epochs, loss, plain, features))
+                return [_record(model, *predict(model, plain.loader, config.precision), begin)]
         if bar is not progress:
             bar.next_stage()
-        if not helps:
-            features = partial(current_features, model, plain, accelerator, frozen)
-            model.before_epoch(Epoch(0, config.epochs, loss, plain, features))
-            return [_record(model, *predict(model, plain.loader, config.precision), begin)]
-        shown, plain = _batches(model, images, plain, frozen)
         bar.update(history, config.epochs)
+        done = len(history)
         for record in epochs(
-            model, optimizer, shown, plain, frozen, loss, config, accelerator, len(history)
+            model,
+            optimizer,
+            shown,
+            ordered,
+            frozen,
+            loss,
+            config,
+            accelerator,
+            done,
+            start,
+            factor,
         ):
             if val is not None:
                 record["val_accuracy"] = evaluate(model, val, config.precision)["accuracy"]
+            if config.folds and together:
+                record["factor"] = factor
             now = time.perf_counter()
             record["seconds"], begin = now - begin, now
             history.append(record)
@@ -163,9 +193,12 @@ def _prepare(
         images.check_parts(f"train.folds={config.folds}")
     if model.cross_fitted:
         images.check_parts("method.head=crossfit")
-    if not config.min_steps:
-        return config
-    epochs = _num_epochs(config, len(images.loader))
+    return _with_epochs(config, len(images.loader)) if config.min_steps else config
+
+
+def _with_epochs(config: TrainConfig, batches: int) -> TrainConfig:
+    """The configuration with as many epochs of so many batches as `min_steps` needs."""
+    epochs = _num_epochs(config, batches)
     warmup = round(config.warmup_epochs * epochs / config.epochs)
     return config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
@@ -192,6 +225,16 @@ def _bar(
         return epochs * batches + plain * (epochs + 1 if model.cross_fitted else 1)
 
     stages = []
+    if side_by_side.fits(model):
+        if parts:
+            largest = max(len(seen) for seen, *_ in parts)
+            batches = math.ceil(largest / images.loader.batch_size)
+            plain = math.ceil(sum(len(seen) + len(held) for seen, held, _ in parts) / EVAL_BATCH)
+            steps = _num_epochs(config, batches) * batches
+            start = math.ceil(len(images.labels) / EVAL_BATCH)
+            name = f"trying out on {len(parts)} parts"
+            stages = [(name, start + steps + plain * len(FACTORS))]
+        parts = []
     for number, (seen, _, _) in enumerate(parts, 1):
         batches = math.ceil(len(seen) / images.loader.batch_size)
         plain = math.ceil(len(seen) / EVAL_BATCH)  # once more, for the start
@@ -231,9 +274,50 @@ def _frozen_columns(
 
 def _solve(model: Method, seen: Batch, accelerator: Accelerator, begin: float) -> Record:
     model.solve(seen.inputs, seen.labels)
-    with torch.no_grad():
-        logits = model.logits(seen.inputs.to(accelerator.device)).cpu()
-    return _record(model, logits, seen.labels, begin)
+    return _record(model, _logits(model, seen, accelerator), seen.labels, begin)
+
+
+@torch.no_grad()
+def _logits(model: Method, seen: Batch, accelerator: Accelerator) -> Tensor:
+    return model.logits(seen.inputs.to(accelerator.device)).cpu()
+
+
+def _choose_factor(
+    model: Method,
+    images: TrainingSet,
+    parts: Sequence[Part],
+    loss: type[Loss] | Loss,
+    config: TrainConfig,
+    start: Batch,
+    accelerator: Accelerator,
+    bar: TrainingBar,
+    log: Log,
+) -> float:
+    """`choose_factor` with this configuration."""
+    if not parts:
+        log("cross-validation: too few images a class, so nothing is trained")
+        return 0.0
+    of_parts = [
+        TrainingSet(images.part(seen, learn=True), model.target, len(model.class_names))
+        for seen, _, _ in parts
+    ]
+    splits = np.full((len(parts), len(images.labels)), -1)
+    for row, part, (seen, _, _) in zip(splits, of_parts, parts, strict=True):
+        row[seen] = assign_splits(part, SPLITS)
+    batches = max(len(part.loader) for part in of_parts)
+    side = SideBySide(
+        model,
+        start,
+        images.read,
+        torch.from_numpy(splits),
+        [_make(loss, model, part) for part in of_parts],
+        accelerator,
+    )
+    balanced = side.losses[0].log_weights is not None
+    train = partial(side.train, _with_epochs(config, batches), bar.tick)
+    factor = choose_factor(model, images, parts, balanced, side, train, bar.tick, log)
+    # processes that share a GPU's rounding may still differ
+    return broadcast_object_list([factor])[0]
 
 
 def _training_helps(
@@ -298,20 +382,6 @@ def _batches(
         views=frozen and frozen.views,
     )
     return images.batches(loader, columns), images.batches(ordered, columns)
-
-
-def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW on the tunable parameters, with no weight decay on a head's bias."""
-    named = model.tunable_parameters()
-    groups = [
-        {"params": [p for n, p in named.items() if n != "head.bias"]},
-        {"params": [p for n, p in named.items() if n == "head.bias"], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(groups, config.lr, eps=config.eps, weight_decay=config.weight_decay)
 
 
 def _record(model: Method, logits: Tensor, labels: Tensor, begin: float) -> Record:

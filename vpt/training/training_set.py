@@ -93,6 +93,11 @@ class TrainingSet:
             return None
         return [dataset.samples.patients[place] for place in self.places]
 
+    def read(self, positions: Tensor) -> Tensor:
+        """Images (B, 3, H, W) at `positions` of `labels`, as `plain` gives them."""
+        dataset, collate = self.plain.dataset, self.plain.collate_fn
+        return Batch.of(collate([dataset[place] for place in positions.tolist()])).inputs
+
     def part(self, positions: np.ndarray, learn: bool) -> DataLoader:
         """Loads the images at `positions` of `labels`, to learn from (shuffled) or to be tested on.
 

@@ -1,0 +1,137 @@
+"""Splits trained side by side, and the factor on gates that their held-out images choose."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import loader, samples
+
+import vpt
+from vpt.accelerator import make_accelerator
+from vpt.config import TrainConfig
+from vpt.losses.class_balanced import ClassBalanced
+from vpt.losses.cross_entropy import CrossEntropy
+from vpt.methods.base import Batch, Epoch
+from vpt.methods.linear_probe import SPLITS
+from vpt.training import crossval
+from vpt.training.dial import FACTORS, pick
+from vpt.training.side_by_side import SideBySide
+
+LABELS = torch.arange(24) % 3
+PARTS = torch.stack([torch.arange(24) // 8 != held for held in range(3)])
+IMAGES = tiny.images(24).double()
+
+
+def started(name="vpt_deep", **options):
+    model = vpt.attach(tiny.vit(), name, num_classes=3, gated=True, head="crossfit", **options)
+    model = model.double().eval()
+    with torch.no_grad():
+        start = Batch(model.features(IMAGES), LABELS, cached=True)
+    model.before_epoch(Epoch(0, 1, CrossEntropy(model.target), [], lambda: start))
+    model.penalties.fill_(1.0)  # images at random would have nearly none, and no gradients
+    return model, start
+
+
+def trained(model, start, parts, config, losses=None):
+    splits = torch.where(parts, torch.arange(24) % 8 % SPLITS, -1)
+    losses = losses or [CrossEntropy(model.target)] * len(parts)
+    side = SideBySide(
+        model, start, lambda places: IMAGES[places], splits, losses, make_accelerator("fp32")
+    )
+    side.train(config, lambda: None)
+    return side
+
+
+@pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow"])
+@pytest.mark.parametrize("batch_size", [16, 5])
+def test_side_by_side_is_one_by_one(name, batch_size):
+    model, start = started(name, num_tokens=2)
+    config = TrainConfig(epochs=3, batch_size=batch_size, lr=0.05, warmup_epochs=0)
+    losses = [
+        ClassBalanced(model.target, lambda: torch.tensor([9, 4, 3])),
+        CrossEntropy(model.target),
+        CrossEntropy(model.target),
+    ]
+    side = trained(model, start, PARTS, config, losses)
+    logits = side.logits(torch.ones(3, 24, dtype=torch.bool), 0.5, lambda: None)
+    for number, (together, part, loss) in enumerate(zip(side.models, PARTS, losses, strict=True)):
+        alone = trained(model, start, part[None], config, [loss])
+        for key, tensor in alone.models[0].tunable_parameters().items():
+            assert tensor.abs().max() > 0
+            found = together.tunable_parameters()[key]
+            torch.testing.assert_close(found, tensor, rtol=1e-9, atol=1e-9)
+        expected = alone.logits(torch.ones(1, 24, dtype=torch.bool), 0.5, lambda: None)
+        torch.testing.assert_close(logits[number], expected[0], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(side.models[0].prompts, side.models[1].prompts)
+    assert not model.gates.any()
+
+
+def test_one_part_of_all_images_is_what_fit_trains():
+    """Of one batch an epoch, whose heads are of this very step's features in both."""
+    data = samples(LABELS.numpy())
+    model = vpt.attach(tiny.vit(), num_classes=3, gated=True, head="crossfit", num_tokens=2)
+    model = model.double().eval()
+    ordered = loader(model, data, 24, train=False)
+    images, labels = next(iter(ordered))
+    with torch.no_grad():
+        start = Batch(model.features(images.double()), labels, cached=True)
+    model.before_epoch(Epoch(0, 1, CrossEntropy(model.target), [], lambda: start))
+    splits = torch.from_numpy(np.zeros(24, int))
+    for number, (_, held) in enumerate(model.target.splits(LABELS.numpy(), None, SPLITS)):
+        splits[held] = number
+    config = {"epochs": 3, "batch_size": 24, "lr": 0.02, "warmup_epochs": 0}
+    side = SideBySide(
+        model,
+        start,
+        lambda places: images[places].double(),
+        splits[None],
+        [CrossEntropy(model.target)],
+        make_accelerator("fp32"),
+    )
+    side.train(TrainConfig(**config), lambda: None)
+    vpt.fit(model.float(), loader(model, data, 24), config=config)
+    # scikit-learn stops a little before the optimum
+    torch.testing.assert_close(side.models[0].gates.float(), model.gates, rtol=0.02, atol=1e-4)
+
+
+def test_a_factor_of_zero_is_the_start():
+    model, start = started()
+    side = trained(model, start, PARTS, TrainConfig(epochs=2, lr=0.05, warmup_epochs=0))
+    needed = torch.ones(3, 24, dtype=torch.bool)
+    bare = SideBySide(
+        model, start, None, side.splits, [CrossEntropy(model.target)] * 3, side.accelerator
+    )
+    first = bare.logits(needed, 0.0, lambda: None)
+    torch.testing.assert_close(side.logits(needed, 0.0, lambda: None), first)
+    assert not torch.allclose(side.logits(needed, 1.0, lambda: None), first)
+
+
+def gains(means, images, seed=0):
+    """Of each factor: alike on an image but for a little, as those of one training are."""
+    rng = np.random.default_rng(seed)
+    common, own = rng.normal(0, 1, images), rng.normal(0, 1, (len(means), images))
+    return common + 0.5 * own + np.array(means)[:, None]
+
+
+def test_pure_noise_is_taken_for_a_gain_no_more_often_than_stated():
+    chances = [pick(gains([0, 0, 0, 0], 30, seed))[1] for seed in range(400)]
+    found = np.mean([p < crossval.LEVEL for p in chances])
+    assert found < crossval.LEVEL + 3 * np.sqrt(0.05 * 0.95 / 400)
+    assert found > 0.01  # a test that never finds any would pass too
+
+
+@pytest.mark.parametrize("images", [15, 50, 200])
+def test_plain_gains_are_found(images):
+    best, p = pick(gains([1.0, 2.0, 1.0, 0.0], images))
+    assert (FACTORS[best], p < 0.01) == (1.0, True)
+
+
+def test_factors_that_cannot_be_told_apart_give_the_smallest():
+    best, p = pick(gains([1.0, 1.01, 1.02, 1.03], 50))
+    assert (FACTORS[best], p < 0.01) == (0.5, True)
+
+
+def test_harm_is_no_gain():
+    assert pick(gains([-1.0, -2.0, -3.0, -4.0], 50))[1] > 0.9
+    assert pick(np.zeros((4, 10)))[1] == 1
+    assert pick(np.ones((4, 1)))[1] > 0.05

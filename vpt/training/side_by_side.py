@@ -1,0 +1,182 @@
+"""Trains copies of a prompted model on parts of the images, side by side in the same batches."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vpt.backbones.base import Prompts
+from vpt.config import TrainConfig
+from vpt.evaluation.evaluate import EVAL_BATCH
+from vpt.losses import Loss
+from vpt.methods import Method
+from vpt.methods._linear import LinearReadout
+from vpt.methods._regressions import regressions
+from vpt.methods._tokens import Tokens
+from vpt.methods.base import Batch
+from vpt.methods.linear_probe import ABSENT, SPLITS
+from vpt.training.epochs import learning_rate, make_optimizer
+
+Read = Callable[[Tensor], Tensor]  # places → images (B, 3, H, W)
+
+
+def fits(model: Method) -> bool:
+    """True for gated prompts with cross-fitted heads of one class an image."""
+    return (
+        isinstance(model, Tokens)
+        and isinstance(model, LinearReadout)
+        and model.gates is not None
+        and model.cross_fitted
+        and model.target.exclusive
+        and not model.overrides("pixels", "read", "features")
+        and type(model).before_epoch is LinearReadout.before_epoch
+    )
+
+
+class SideBySide:
+    """S copies of a model with closed gates; each learns from a part of N images.
+
+    A sample of a batch has the prompts and the heads of its copy, so that one pass of the tower
+    trains all. A copy becomes what it would alone, in as many batches. Heads are those of
+    `LinearReadout`: cross-fitted before each epoch, but to features as the steps before left them,
+    of one batch a part as the step itself gives them.
+
+    Attributes:
+        models: the copies.
+        features: (S, N, dim), of each image as the copies last saw it.
+    """
+
+    def __init__(
+        self,
+        model: Method,
+        start: Batch,
+        read: Read,
+        splits: Tensor,
+        losses: Sequence[Loss],
+        accelerator: Accelerator,
+    ) -> None:
+        """Copies of `model` as it is.
+
+        Args:
+            model: which `fits`, its `penalties` chosen.
+            start: features (N, dim) of all images as of now, on the CPU, and their labels.
+            read: the images at places.
+            splits: (S, N), the split in which a part cross-fits an image; SPLITS: it only learns
+                from it; -1: it does not.
+            losses: of each part.
+            accelerator: of the training.
+        """
+        alone = {id(model.backbone): model.backbone}
+        self.models = [copy.deepcopy(model, dict(alone)).eval() for _ in splits]
+        self.backbone, self.read = model.backbone, read
+        self.labels, self.penalty = start.labels, model.penalties[0].item()
+        self.classes = len(model.class_names)
+        self.splits, self.losses, self.accelerator = splits, losses, accelerator
+        self.start = start.inputs.expand(len(splits), -1, -1)
+        self.features = self.start.clone()
+        self._solved: tuple[Tensor, Tensor] | None = None
+
+    def train(self, config: TrainConfig, tick: Callable[[], None]) -> None:
+        """Take the steps of all epochs; `tick` is called after each."""
+        optimizers = [make_optimizer(model, config) for model in self.models]
+        orders = [torch.Generator().manual_seed(config.seed) for _ in self.models]
+        seen = [(own >= 0).nonzero()[:, 0] for own in self.splits]
+        count = math.ceil(max(map(len, seen)) / config.batch_size)
+        for epoch in range(config.epochs):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = learning_rate(config, epoch)
+            drawn = [
+                own[torch.randperm(len(own), generator=order)].tensor_split(count)
+                for own, order in zip(seen, orders, strict=True)
+            ]
+            for number, batch in enumerate(zip(*drawn, strict=True)):
+                self._loss(batch, solve=not number)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                tick()
+
+    def logits(self, needed: Tensor, factor: float, tick: Callable[[], None]) -> Tensor:
+        """Logits (S, N, C) where `needed` (S, N), with gates times `factor` and heads to match.
+
+        A copy's head is solved on the images that it learns from; at a factor of 0 on features as
+        they were at the start.
+        """
+        features = self.features.clone() if factor else self.start
+        for rows in needed.nonzero().split(EVAL_BATCH) if factor else ():
+            parts, places = rows.unbind(1)
+            with torch.no_grad():
+                features[parts, places] = self._run(parts, places, factor).to(features)
+            tick()
+        weights, biases = self._heads(features, (self.splits >= 0)[:, None])
+        return features @ weights[:, 0].mT + biases[:, :1]
+
+    def _loss(self, batch: Sequence[Tensor], solve: bool) -> None:
+        """Gradients of all parts' losses on their images at places `batch`."""
+        lengths = torch.tensor([len(places) for places in batch])
+        parts, places = torch.arange(len(batch)).repeat_interleave(lengths), torch.cat(list(batch))
+        features = self._run(parts, places, 1.0)
+        self.features[parts, places] = features.detach().to(self.features)
+        if solve:
+            self._cross_fit()
+        own = parts, self.splits[parts, places]
+        weights, biases = (each[own].to(features.device) for each in self._cross_fitted)
+        logits = (weights @ features.to(weights)[..., None])[..., 0] + biases
+        labels = self.labels[places].to(features.device)
+        losses = [
+            loss(*part)
+            for loss, *part in zip(
+                self.losses,
+                logits.split(lengths.tolist()),
+                labels.split(lengths.tolist()),
+                strict=True,
+            )
+        ]
+        self.accelerator.backward(torch.stack(losses).sum())
+
+    def _run(self, parts: Tensor, places: Tensor, factor: float) -> Tensor:
+        """Features (B, dim) of images at `places` by the copies `parts`."""
+        images, index = places.unique(return_inverse=True)
+        device = self.backbone.device
+        with self.accelerator.autocast():
+            prompts = Prompts.stack([model.learned_prompts(1) for model in self.models])
+            prompts = prompts._replace(gates=prompts.gates * factor)
+            prompts = self.backbone.fold(prompts).take(parts.to(device))
+            inputs = self.read(images).to(device)
+            pooled = self.backbone.pooled(inputs, prompts, index.to(device))
+            return self.backbone.project(pooled)
+
+    def _cross_fit(self) -> None:
+        """Heads (S, SPLITS + 1) without each split, and last of all that a part learns from."""
+        used = torch.stack([(self.splits >= 0) & (self.splits != n) for n in range(SPLITS)], 1)
+        used = torch.cat([used, (self.splits >= 0)[:, None]], 1)
+        weights, biases = self._heads(self.features, used, self._solved)
+        self._solved = weights, biases
+        alone = biases <= ABSENT / 2  # of a class that only this split has
+        self._cross_fitted = (
+            torch.where(alone[..., None], weights[:, -1:], weights),
+            torch.where(alone, biases[:, -1:], biases),
+        )
+
+    def _heads(
+        self, features: Tensor, used: Tensor, start: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weights (S, H, C, dim) and biases of heads solved on the images `used` (S, H, N)."""
+        shape = used.shape[:2]
+        weights, biases = regressions(
+            features.repeat_interleave(shape[1], 0),
+            self.labels.expand(used.shape[0] * used.shape[1], -1),
+            used.flatten(0, 1),
+            self.classes,
+            self.penalty,
+            start and tuple(each.flatten(0, 1) for each in start),
+        )
+        biases = biases.clamp(min=ABSENT).unflatten(0, shape)
+        for own, loss in zip(biases, self.losses, strict=True):
+            if loss.log_weights is not None:
+                own += loss.log_weights
+        dtype = features.dtype
+        return weights.unflatten(0, shape).to(dtype), biases.to(dtype)
