@@ -38,7 +38,7 @@ def trained(model, start, parts, config, losses=None):
     side = SideBySide(
         model, start, lambda places: IMAGES[places], splits, losses, make_accelerator("fp32")
     )
-    side.train(config, lambda: None)
+    side.train(config, -(-int(parts[0].sum()) // config.batch_size), lambda: None)
     return side
 
 
@@ -88,7 +88,7 @@ def test_one_part_of_all_images_is_what_fit_trains():
         [CrossEntropy(model.target)],
         make_accelerator("fp32"),
     )
-    side.train(TrainConfig(**config), lambda: None)
+    side.train(TrainConfig(**config), 1, lambda: None)
     vpt.fit(model.float(), loader(model, data, 24), config=config)
     # scikit-learn stops a little before the optimum
     torch.testing.assert_close(side.models[0].gates.float(), model.gates, rtol=0.02, atol=1e-4)

@@ -4,16 +4,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from vpt.config import TrainConfig
+from vpt.losses import Loss
 from vpt.methods import Method
+from vpt.methods.base import Batch
+from vpt.methods.linear_probe import SPLITS
 from vpt.progress import Log
 from vpt.training import crossval
-from vpt.training.crossval import Part, log_losses, weigh
+from vpt.training.crossval import Part, assign_splits, log_losses, weigh
+from vpt.training.epochs import with_epochs
 from vpt.training.side_by_side import SideBySide
 from vpt.training.training_set import TrainingSet
 
-FACTORS = (0.5, 1.0, 1.5, 2.0)
+FACTORS = (0.5, 1.0, 2.0, 4.0)
 FLIPS = 10_000  # draws of what chance alone gives
 
 
@@ -21,9 +28,10 @@ def choose_factor(
     model: Method,
     images: TrainingSet,
     parts: Sequence[Part],
-    balanced: bool,
-    side: SideBySide,
-    train: Callable[[], None],
+    start: Batch,
+    make_loss: Callable[[TrainingSet], Loss],
+    config: TrainConfig,
+    accelerator: Accelerator,
     tick: Callable[[], None],
     log: Log,
 ) -> float:
@@ -33,15 +41,28 @@ def choose_factor(
     it could be chance to mend them all.
 
     Args:
-        model: to train.
-        images: N, to train on.
-        parts: of `judged_parts`, S.
-        balanced: all classes count alike, however many images they have.
-        side: the S copies, as they start.
-        train: trains them.
-        tick: called for each batch after it.
+        model: which `side_by_side.fits`, before its first step.
+        images: to train on.
+        parts: of `judged_parts`.
+        start: features of all images as of now, on the CPU.
+        make_loss: of the images of a part.
+        config: of the training.
+        accelerator: of the training.
+        tick: called for each batch.
         log: takes lines for the user.
     """
+    if not parts:
+        log("cross-validation: too few images a class, so nothing is trained")
+        return 0.0
+    sets = [
+        TrainingSet(images.part(seen, learn=True), model.target, images.num_classes)
+        for seen, _, _ in parts
+    ]
+    splits = np.full((len(parts), len(images.labels)), -1)
+    for row, own, (seen, _, _) in zip(splits, sets, parts, strict=True):
+        row[seen] = assign_splits(own, SPLITS)
+    losses = [make_loss(own) for own in sets]
+    side = SideBySide(model, start, images.read, torch.from_numpy(splits), losses, accelerator)
     held = torch.cat([torch.from_numpy(held) for _, held, _ in parts])
     part = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(h) for _, h, _ in parts]))
     labels = side.labels[held]
@@ -63,15 +84,17 @@ def choose_factor(
             "left as it starts; train.folds=null trains all the same"
         )
         return 0.0
-    train()
+    batches = max(len(own.loader) for own in sets)
+    side.train(with_epochs(config, batches), batches, tick)
     after = [logits(factor) for factor in FACTORS]
     gains = log_losses(model.target, before, labels) - torch.stack(
         [log_losses(model.target, each, labels) for each in after]
     )
-    gains = weigh(
-        gains.numpy(), model.target, images, held.numpy(), balanced, len(model.class_names)
-    )
+    balanced = losses[0].log_weights is not None
+    gains = weigh(gains.numpy(), model.target, images, held.numpy(), balanced, images.num_classes)
     best, p = pick(gains)
+    # processes that compute the same may still round differently
+    best, p = broadcast_object_list([best, p])
     factor = FACTORS[best]
     found = (
         f"{probe} gets {len(held) - wrong} right, and {right(after[best])} with prompts at "

@@ -119,6 +119,18 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * turn))
 
 
+def with_epochs(config: TrainConfig, batches: int) -> TrainConfig:
+    """The configuration with as many epochs of so many batches as `min_steps` needs."""
+    epochs = num_epochs(config, batches)
+    warmup = round(config.warmup_epochs * epochs / config.epochs)
+    return config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
+
+
+def num_epochs(config: TrainConfig, batches: int) -> int:
+    """Epochs of so many batches that `min_steps` needs."""
+    return max(config.epochs, math.ceil((config.min_steps or 0) / max(batches, 1)))
+
+
 def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD or AdamW on the tunable parameters, with no weight decay on a head's bias."""
     named = model.tunable_parameters()

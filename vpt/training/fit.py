@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -31,9 +31,8 @@ from vpt.progress import Log, TrainingBar
 from vpt.training import side_by_side
 from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
 from vpt.training.dial import FACTORS, choose_factor
-from vpt.training.epochs import Record, epochs, make_optimizer
+from vpt.training.epochs import Record, epochs, make_optimizer, num_epochs, with_epochs
 from vpt.training.features import FrozenColumns, current_features, image_features
-from vpt.training.side_by_side import SideBySide
 from vpt.training.training_set import Batches, TrainingSet
 
 
@@ -116,8 +115,9 @@ def fit(
         if config.folds and not history and together:
             start = image_features(model, ordered, accelerator)
             model.before_epoch(Epoch(0, config.epochs, loss, plain, lambda: start))
-            factor = _choose_factor(
-                model, images, parts, chosen, config, start, accelerator, bar, log
+            make = partial(_make, chosen, model)
+            factor = choose_factor(
+                model, images, parts, start, make, config, accelerator, bar.tick, log
             )
             if not factor:
                 return [_record(model, _logits(model, start, accelerator), start.labels, begin)]
@@ -193,19 +193,7 @@ def _prepare(
         images.check_parts(f"train.folds={config.folds}")
     if model.cross_fitted:
         images.check_parts("method.head=crossfit")
-    return _with_epochs(config, len(images.loader)) if config.min_steps else config
-
-
-def _with_epochs(config: TrainConfig, batches: int) -> TrainConfig:
-    """The configuration with as many epochs of so many batches as `min_steps` needs."""
-    epochs = _num_epochs(config, batches)
-    warmup = round(config.warmup_epochs * epochs / config.epochs)
-    return config.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
-
-
-def _num_epochs(config: TrainConfig, batches: int) -> int:
-    """Epochs of so many batches that `min_steps` needs."""
-    return max(config.epochs, math.ceil((config.min_steps or 0) / max(batches, 1)))
+    return with_epochs(config, len(images.loader)) if config.min_steps else config
 
 
 def _bar(
@@ -220,20 +208,23 @@ def _bar(
     if isinstance(progress, TrainingBar):
         return nullcontext(progress)
 
+    together, known = side_by_side.fits(model), 0
+
     def size(batches: int, plain: int) -> int:
-        epochs = _num_epochs(config, batches)
-        return epochs * batches + plain * (epochs + 1 if model.cross_fitted else 1)
+        epochs = num_epochs(config, batches)
+        return epochs * batches + plain * (epochs + 1 - known if model.cross_fitted else 1)
 
     stages = []
-    if side_by_side.fits(model):
+    if together:
         if parts:
             largest = max(len(seen) for seen, *_ in parts)
             batches = math.ceil(largest / images.loader.batch_size)
             plain = math.ceil(sum(len(seen) + len(held) for seen, held, _ in parts) / EVAL_BATCH)
-            steps = _num_epochs(config, batches) * batches
+            steps = num_epochs(config, batches) * batches
             start = math.ceil(len(images.labels) / EVAL_BATCH)
             name = f"trying out on {len(parts)} parts"
             stages = [(name, start + steps + plain * len(FACTORS))]
+            known = 1  # the start's features
         parts = []
     for number, (seen, _, _) in enumerate(parts, 1):
         batches = math.ceil(len(seen) / images.loader.batch_size)
@@ -280,44 +271,6 @@ def _solve(model: Method, seen: Batch, accelerator: Accelerator, begin: float) -
 @torch.no_grad()
 def _logits(model: Method, seen: Batch, accelerator: Accelerator) -> Tensor:
     return model.logits(seen.inputs.to(accelerator.device)).cpu()
-
-
-def _choose_factor(
-    model: Method,
-    images: TrainingSet,
-    parts: Sequence[Part],
-    loss: type[Loss] | Loss,
-    config: TrainConfig,
-    start: Batch,
-    accelerator: Accelerator,
-    bar: TrainingBar,
-    log: Log,
-) -> float:
-    """`choose_factor` with this configuration."""
-    if not parts:
-        log("cross-validation: too few images a class, so nothing is trained")
-        return 0.0
-    of_parts = [
-        TrainingSet(images.part(seen, learn=True), model.target, len(model.class_names))
-        for seen, _, _ in parts
-    ]
-    splits = np.full((len(parts), len(images.labels)), -1)
-    for row, part, (seen, _, _) in zip(splits, of_parts, parts, strict=True):
-        row[seen] = assign_splits(part, SPLITS)
-    batches = max(len(part.loader) for part in of_parts)
-    side = SideBySide(
-        model,
-        start,
-        images.read,
-        torch.from_numpy(splits),
-        [_make(loss, model, part) for part in of_parts],
-        accelerator,
-    )
-    balanced = side.losses[0].log_weights is not None
-    train = partial(side.train, _with_epochs(config, batches), bar.tick)
-    factor = choose_factor(model, images, parts, balanced, side, train, bar.tick, log)
-    # processes that share a GPU's rounding may still differ
-    return broadcast_object_list([factor])[0]
 
 
 def _training_helps(

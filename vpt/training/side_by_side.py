@@ -1,7 +1,6 @@
 """Trains copies of a prompted model on parts of the images, side by side in the same batches."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -79,17 +78,16 @@ class SideBySide:
         self.features = self.start.clone()
         self._solved: tuple[Tensor, Tensor] | None = None
 
-    def train(self, config: TrainConfig, tick: Callable[[], None]) -> None:
-        """Take the steps of all epochs; `tick` is called after each."""
+    def train(self, config: TrainConfig, batches: int, tick: Callable[[], None]) -> None:
+        """Take the steps of all epochs, `batches` in each; `tick` is called after each step."""
         optimizers = [make_optimizer(model, config) for model in self.models]
         orders = [torch.Generator().manual_seed(config.seed) for _ in self.models]
         seen = [(own >= 0).nonzero()[:, 0] for own in self.splits]
-        count = math.ceil(max(map(len, seen)) / config.batch_size)
         for epoch in range(config.epochs):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate(config, epoch)
             drawn = [
-                own[torch.randperm(len(own), generator=order)].tensor_split(count)
+                own[torch.randperm(len(own), generator=order)].tensor_split(batches)
                 for own, order in zip(seen, orders, strict=True)
             ]
             for number, batch in enumerate(zip(*drawn, strict=True)):
