@@ -18,9 +18,10 @@ def test_every_load_is_measured(tmp_path):
     for row in rows.values():
         assert row["answered"] > 0
         assert 0 < row["p50_ms"] <= row["p99_ms"]
-    twice = rows["twice"]
+    twice = rows["twice, Zipf"]
     assert twice["answered"] + twice["refused"] == bench.SMALL.requests
     assert twice["refused"] > 0
+    assert twice["bound_ms"] > 0
     assert rows["a tenth hostile"]["hostile"] == 10
 
 
@@ -35,4 +36,16 @@ def test_requests_leave_at_their_times(tmp_path):
         (gone,) = load.load(1, [request], rate=None)
         assert gone.status == 0
     with pytest.raises(InputError, match="answered"):
-        bench._row("x", 1, [gone], None)
+        bench._row("x", 1, [gone])
+
+
+def test_a_broken_bound_is_a_line():
+    kept = {"load": "twice", "p99_ms": 90.0, "bound_ms": 100.0}
+    free = {"load": "half", "p99_ms": 900.0, "bound_ms": None}
+    grown = {**free, "load": "hostile", "grown_mb": 19.0}
+    assert bench.broken([kept, free, grown]) == []
+    late, large = {**kept, "p99_ms": 101.0}, {**grown, "grown_mb": 21.0}
+    assert bench.broken([late, free, large]) == [
+        "server, twice: p99 101 ms, above 100 ms",
+        "server, hostile: 21 MB grown, above 20 MB",
+    ]

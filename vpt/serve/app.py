@@ -73,7 +73,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         redirect_slashes=False,
         telemetry=dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False),
     )
-    app.add_middleware(Edge, limits=limits, registry=registry)
+    app.add_middleware(Edge, service=service, registry=registry)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
