@@ -20,7 +20,7 @@ class Engine(StrEnum):
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Argument(help="A path, a name of `vpt list suites`, speed, serve, recipe.")
+        str, typer.Argument(help="A path, a name of `vpt list suites`, speed, serve, cost, recipe.")
     ],
     overrides: Overrides = None,
     out: Annotated[
@@ -32,7 +32,7 @@ def bench(
     resume: Annotated[bool, typer.Option(help="Do what is not finished in the folder.")] = False,
     cpus_per_run: Annotated[int, typer.Option(min=1, help="Cores for a run without a GPU.")] = 1,
     gpus_per_run: Annotated[float, typer.Option(min=0.01, max=1, help="Fraction of a GPU.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="speed, serve: interleaved repetitions.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="speed, serve, cost: repetitions.")] = 5,
     small: Annotated[bool, typer.Option(help="speed, serve: tiny towers, to try it.")] = False,
     run: Annotated[bool, typer.Option(help="speed: also a whole CoOp run, minutes.")] = False,
     shots: Annotated[
@@ -44,7 +44,8 @@ def bench(
 
     With `speed`, time the engine against prompts as tokens instead; with
     `serve`, a mixed batch of many tasks and a server under load, and fail
-    where one of their bounds is broken; with `recipe`, `vpt train vpt_deep` with
+    where one of their bounds is broken; with `cost`, what prompts save
+    beside LoRA, full fine-tuning and the probe; with `recipe`, `vpt train vpt_deep` with
     these keys, in forward passes of its training images: vpt bench recipe
     data.root=IMAGES --shots 5.
     """
@@ -56,6 +57,10 @@ def bench(
             from vpt.bench import recipe
 
             recipe.bench(overrides or [], shots or [5, 16])
+        case "cost":
+            from vpt.bench import cost
+
+            cost.bench(overrides or [], folder, rounds)
         case "speed":
             from vpt.bench import speed_table
 
