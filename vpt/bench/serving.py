@@ -21,6 +21,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -91,22 +92,29 @@ def bench(out: Path, small: bool) -> list[str]:
     result = {"suite": "serve", "backbone": sizes.backbone, "tasks": sizes.tasks, "rows": rows}
     result |= {"server_cores": len(others), "torch": torch.__version__}
     write_atomically(out / "serve.json", json.dumps(result, indent=2).encode())
-    table = Table("load", *(heading for heading, _ in _COLUMNS))
+    title = f"{sizes.tasks} tasks on {sizes.backbone}, {len(others)} cores"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("load", no_wrap=True)
+    for heading, _ in _COLUMNS:
+        table.add_column(heading, justify="right")
     for row in rows:
         numbers = (row.get(key) for _, key in _COLUMNS)
-        table.add_row(row["load"], *("" if n is None else f"{n:.4g}" for n in numbers))
+        table.add_row(
+            row["load"],
+            *("" if n is None else f"{n:.3g}" if n < 10 else f"{n:.0f}" for n in numbers),
+        )
     Console().print(table)
     return [] if small else broken(rows)
 
 
 _COLUMNS = (
-    ("requests/s", "rate"),
-    ("answered", "answered"),
+    ("a second", "rate"),
+    ("200", "answered"),
     ("429", "refused"),
     ("p50 ms", "p50_ms"),
-    ("p99 ms", "p99_ms"),
-    ("at most", "bound_ms"),
-    ("429 p99 ms", "refused_p99_ms"),
+    ("p99", "p99_ms"),
+    ("bound", "bound_ms"),
+    ("429's p99", "refused_p99_ms"),
     ("MB grown", "grown_mb"),
 )
 
