@@ -99,12 +99,15 @@ def bench(out: Path, small: bool) -> list[str]:
         table.add_column(heading, justify="right")
     for row in rows:
         numbers = (row.get(key) for _, key in _COLUMNS)
-        table.add_row(
-            row["load"],
-            *("" if n is None else f"{n:.3g}" if n < 10 else f"{n:.0f}" for n in numbers),
-        )
+        table.add_row(row["load"], *map(_shown, numbers))
     Console().print(table)
     return [] if small else broken(rows)
+
+
+def _shown(number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:.3g}" if number < 10 else f"{number:.0f}"
 
 
 _COLUMNS = (
