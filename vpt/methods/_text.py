@@ -34,6 +34,9 @@ class ClassEmbeddings(Method):
     ) -> None:
         super().__init__(require_clip(backbone, self.name), class_names, options, tokenizer)
 
+    def make_state(self) -> None:
+        """Make a method's own parameters and buffers, once the half's class embeddings are made."""
+
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Class embeddings (C, dim), differentiable, not normalised.
 
@@ -87,6 +90,7 @@ class TextReadout(ClassEmbeddings):
             with torch.no_grad():
                 embeddings = backbone.encode_texts([f"{init} {n}." for n in names], tokenizer)
         self.register_buffer("class_embeddings", embeddings, persistent=False)
+        self.make_state()
 
     def _start(self, init: str, names: Sequence[str], tokenizer: Tokenizer | None) -> None:
         """Start the prompts, the context from words as far as there are any, and lay out texts."""
