@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vpt.backbones._known import is_exactly
 from vpt.backbones.base import share
@@ -14,10 +12,10 @@ from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
 from vpt.errors import InputError
 from vpt.methods._templates import TemplateOptions
-from vpt.methods._text import ClassEmbeddings
+from vpt.methods._text import ClassEmbeddings, in_parts
 from vpt.methods.base import require_clip
 
-CHUNK = 256  # texts whose activations are kept at once; more of them run again in backward
+CHUNK = 256  # texts whose activations are kept at once
 PARTS = {"qkv": 3, "proj": 1, "fc1": 1, "fc2": 1, "c_fc": 1, "c_proj": 1}  # of linear layers
 
 
@@ -158,10 +156,7 @@ class ChangedTowers(ClassEmbeddings):
         """Class embeddings (C, dim), differentiable, not normalised."""
         if self.class_embeddings is not None:
             return self.class_embeddings
-        if len(self.tokens) <= CHUNK or not torch.is_grad_enabled():
-            return self._encode(self.tokens)
-        parts = self.tokens.split(CHUNK)
-        return torch.cat([checkpoint(self._encode, part, use_reentrant=False) for part in parts])
+        return in_parts(self._encode, self.tokens.split(CHUNK))
 
     def _encode(self, tokens: Tensor) -> Tensor:
         tower = self.backbone.text
