@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vpt import resources
-from vpt.config import Augment, DataConfig, Window
+from vpt.config import Augment, DataConfig, Half, Window
 from vpt.data import layouts, medmnist
 from vpt.data.cards import Card, load_card, plain_card
 from vpt.data.dicom import patient
@@ -45,6 +45,33 @@ class Source:
     def medical(self) -> bool:
         """True if results are not for clinical use: the card says so, or patients are known."""
         return self.card.medical or any(samples.patients for samples in self.parts.values())
+
+    def half(self, which: Half | None) -> "Source":
+        """The source of half of the classes; see `DataConfig.class_half`.
+
+        Raises:
+            InputError: several labels an image, or a half of less than two classes.
+        """
+        if which is None:
+            return self
+        classes = self.half_classes(which)
+        return replace(
+            self,
+            class_names=[self.class_names[label] for label in classes],
+            parts={part: samples.of_classes(classes) for part, samples in self.parts.items()},
+        )
+
+    def half_classes(self, which: Half) -> range:
+        """The classes of that half. Raises as `half`."""
+        number = len(self.class_names)
+        if not self.target.exclusive:
+            raise InputError(f"data.class_half={which}: {self.name} has several labels an image")
+        if number < 4:
+            raise InputError(
+                f"data.class_half={which}: {number} classes are too few to halve: give four or more"
+            )
+        middle = (number + 1) // 2
+        return range(middle) if which == "base" else range(middle, number)
 
 
 def open_source(config: DataConfig, among: Sequence[str] | None = None) -> Source:
