@@ -217,6 +217,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             whole = file.metadata()["sha256"] == digest(columns, key)
+            whole &= len({len(column) for column in columns.values()}) == 1
     except Exception:
         return None
     return columns if whole else None
