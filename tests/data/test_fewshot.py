@@ -43,7 +43,7 @@ def test_half_of_the_classes_of_what_was_drawn_of_all(num_classes):
     whole = Source("x", DIGITS.card, names, ["{}"], "none", parts)
     both = split_shots(whole, 3, seed=1)
     middle = (num_classes + 1) // 2
-    kept = {"base": range(middle), "new": range(middle, num_classes)}
+    kept = {"base": [*range(middle)], "new": [*range(middle, num_classes)]}
     hashes = {both.hash}
     for half, classes in kept.items():
         assert whole.half(half).class_names == [names[label] for label in classes]
@@ -56,6 +56,16 @@ def test_half_of_the_classes_of_what_was_drawn_of_all(num_classes):
             assert found.labels.tolist() == [all_.labels[i] - classes[0] for i in chosen]
     assert len(hashes) == 3
     assert whole.half(None) is whole
+
+
+def test_a_card_that_lists_classes_says_the_order():
+    """ImageNet's is by WordNet id, whatever the order of its folders."""
+    card = DIGITS.card.model_copy(update={"classes": ["d", "b", "a", "c"]})
+    parts = {part: samples([0, 1, 2, 3], part=part) for part in ("train", "test")}
+    data = Source("x", card, ["a", "b", "c", "d"], ["{}"], "none", parts)
+    assert data.half("base").class_names == ["b", "d"]
+    test = split_shots(data, 1, seed=1, class_half="base").test
+    assert (test.names, test.labels.tolist()) == (["test/1", "test/3"], [0, 1])
 
 
 def test_a_half_names_its_own_small_classes_and_leaves_the_others_calibration_images():

@@ -64,10 +64,10 @@ class Samples:
             patients=self.patients and [self.patients[i] for i in chosen],
         )
 
-    def of_classes(self, classes: range) -> "Samples":
-        """The samples with these labels, which become 0, 1, …"""
+    def of_classes(self, classes: Sequence[int]) -> "Samples":
+        """The samples with these labels, in rising order, which become 0, 1, …"""
         chosen = self.take(np.flatnonzero(np.isin(self.labels, classes)))
-        return replace(chosen, labels=chosen.labels - classes.start)
+        return replace(chosen, labels=np.searchsorted(classes, chosen.labels))
 
     def content_hash(self) -> str:
         """SHA-256 of the images' own bytes, in their order, and of the windows."""

@@ -61,8 +61,12 @@ class Source:
             parts={part: samples.of_classes(classes) for part, samples in self.parts.items()},
         )
 
-    def half_classes(self, which: Half) -> range:
-        """The classes of that half. Raises as `half`."""
+    def half_classes(self, which: Half) -> list[int]:
+        """Labels of that half. Raises as `half`.
+
+        Where the card lists the classes, in its order: ImageNet's is by WordNet id, that of its
+        folders is not.
+        """
         number = len(self.class_names)
         if not self.target.exclusive:
             raise InputError(f"data.class_half={which}: {self.name} has several labels an image")
@@ -70,8 +74,11 @@ class Source:
             raise InputError(
                 f"data.class_half={which}: {number} classes are too few to halve: give four or more"
             )
-        middle = (number + 1) // 2
-        return range(middle) if which == "base" else range(middle, number)
+        listed = self.card.classes or []
+        order = listed if set(listed) == set(self.class_names) else self.class_names
+        base, middle = which == "base", (number + 1) // 2
+        chosen = set(order[:middle] if base else order[middle:])
+        return [label for label, name in enumerate(self.class_names) if name in chosen]
 
 
 def open_source(config: DataConfig, among: Sequence[str] | None = None) -> Source:
