@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpt.backbones._known import is_exactly
+from vpt.backbones._resblock import is_plain
 from vpt.backbones.base import share
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
@@ -67,6 +68,8 @@ class ChangedAttention(nn.Module):
         layer, (qkv, change) = self.layer, self.held
         x = qkv(x, layer.in_proj_weight, layer.in_proj_bias)
         heads = x.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if attn_mask is not None and attn_mask.dim() == 3:  # (B · heads, N, N)
+            attn_mask = attn_mask.unflatten(0, (-1, layer.num_heads))
         x = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
         x, out = x.transpose(1, 2).flatten(2), layer.out_proj
         return (out(x) if change is None else change(x, out.weight, out.bias)), None
@@ -130,7 +133,7 @@ class ChangedTowers(ClassEmbeddings):
         for parent in list(tower.modules()):
             for name, layer in list(parent.named_children()):
                 new = None
-                if is_exactly(layer, nn.MultiheadAttention):
+                if is_exactly(layer, nn.MultiheadAttention) and is_plain(parent):
                     qkv = self.change(layer.in_proj_weight.chunk(3))
                     out = None if self.attention_only else self.change([layer.out_proj.weight])
                     new = ChangedAttention(layer, qkv, out)

@@ -110,9 +110,16 @@ class TextReadout(ClassEmbeddings):
         depth = min(self.text_depth(), tower.num_layers)
         if depth > 1:
             self.text_prompts = nn.Parameter(0.02 * torch.randn(depth - 1, count, tower.width))
-        words = " ".join([*init.split(), *["X"] * len(drawn)])
+        words = " ".join([*init.split(), *[tower.placeholder] * len(drawn)])
         tokens = tower.tokenize([f"{words} {name}." for name in names], tokenizer)
-        lengths = [len(tower.words(name, tokenizer)) for name in names]
+        first = len(ids) + len(drawn)
+        if len(tower.words(words, tokenizer)) != first:
+            raise InputError(
+                f"the tokenizer makes not one token of {tower.placeholder!r}: give the context's "
+                "words as method.init"
+            )
+        # before a name stands a word, on which its tokens may depend
+        lengths = [len(tower.words(f"{words} {name}", tokenizer)) - first for name in names]
         order = tower.order(count, lengths, tokens.shape[1], self.name_position())
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("order", order, persistent=False)
