@@ -84,6 +84,7 @@ def test_methods_that_see_the_same_features_share_them(tmp_path):
         {"data": samples(LABELS, seed=1)},
         {"backbone": clip(seed=1)},
         {"method": "random_prompts"},
+        {"method": "prolip", "options": {}},
         {"augment": "crop"},
         {"precision": "bf16"},
     ],
