@@ -30,14 +30,17 @@ from vpt.training.setup import attach, training_loader
 from vpt.training.training_set import TrainingSet
 
 WITH_TEXT = [  # cheapest first
-    *("ss_text", "zero_shot", "linear_probe", "tip_adapter_f", "lp_pp"),
-    *("clap", "zs_lp", "prolip", "coop", "vpt_deep"),
+    *("ss_text", "ss_text_plus", "zero_shot", "linear_probe", "tip_adapter_f"),
+    *("clap", "prolip", "coop", "vpt_deep"),
 ]
 WITHOUT_TEXT = ["linear_probe", "vpt_deep"]
 PRIOR = ["ss_text", "linear_probe"]  # where no image can be held out
+SAFE = ["linear_probe", "ss_text"]  # left only for one that is better beyond chance
+PROMPTS = {"coop": 200, "vpt_deep": 200}  # training images from which they are tried
+BETTER = 0.05  # level of the one-sided test that one is better than SAFE
 SPLITS = 5
 ENOUGH = 1000  # held-out images that suffice; splits after that many are left out
-LEVEL = 0.01  # of the one-sided test that a candidate is worse than the best
+HOPELESS = 0.01  # level of the one-sided test that a candidate is worse than the best
 WARM_UP = 0.05  # of a candidate's time, before its pace is judged
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # to learn from, to hold out, columns left out
@@ -86,12 +89,15 @@ class _Dropped(Exception):
     """Says why a candidate is not tried any further."""
 
 
-def settings(config: RunConfig, backbone: Backbone | None = None) -> list[RunConfig]:
+def settings(
+    config: RunConfig, backbone: Backbone | None = None, count: float = inf
+) -> list[RunConfig]:
     """The runs to choose from, cheapest first: the given candidates, or those that fit.
 
     Args:
         config: of an auto run.
         backbone: None: one with a text tower.
+        count: number of training images.
 
     Raises:
         InputError: an unknown candidate, or one that does not fit; an option of the method, which
@@ -103,6 +109,7 @@ def settings(config: RunConfig, backbone: Backbone | None = None) -> list[RunCon
     names, text = config.auto.candidates, backbone is None or hasattr(backbone, "encode_texts")
     if names is None:
         names = WITH_TEXT if text else WITHOUT_TEXT
+        names = [name for name in names if count >= PROMPTS.get(name, 0)]
     for name in names:
         if methods.find(name).reads_text and not text:
             raise InputError(f"auto.candidates: {name} needs a CLIP, such as clip_b32_openai")
@@ -137,12 +144,13 @@ class Comparison:
     def choose(
         self, settings: Sequence[RunConfig], minutes: float, log: Log
     ) -> tuple[Candidate, list[Candidate]]:
-        """The candidate of the lowest log loss on held-out images, and all of them.
+        """The candidate with the lowest log loss on held-out images, and all of them.
 
         They are tried in their order. One is dropped as soon as the images held out so far say that
-        it is worse than the best before it (paired t-test at LEVEL), or its pace that it could not
-        be tried, and trained on all images, within `minutes`; the first is always tried. Where
-        nothing can be held out, the first of PRIOR is chosen.
+        it is worse than the best before it (paired t-test at the level HOPELESS), or its pace that
+        it could not be tried, and trained on all images, within `minutes`; the first is always
+        tried. The first of SAFE that the best does not beat at the level BETTER is chosen in its
+        place. Where nothing can be held out, the first of PRIOR is.
 
         Raises:
             InputError: no candidate can be trained.
@@ -162,11 +170,23 @@ class Comparison:
                 self._try(candidate, parts, best, left if best else inf)
                 self._keep(tried)
             log(f"auto: {candidate.line}")
-        chosen = _best(tried)
-        if chosen is None:
+        best = _best(tried)
+        if best is None:
             raise InputError(f"auto: no candidate can be trained, first {tried[0].line}")
+        chosen = self._safe(tried, best, parts) or best
         log(f"auto: {chosen.name} is chosen")
         return chosen, tried
+
+    def _safe(
+        self, tried: Sequence[Candidate], best: Candidate, parts: Sequence[Part]
+    ) -> Candidate | None:
+        """The first of SAFE that `best` does not beat beyond chance; None: it beats them."""
+        for name in SAFE:
+            for each in tried:
+                usable = each.name == name and each.losses and not each.dropped
+                if usable and self._chance(np.array(each.losses), best, parts) >= BETTER:
+                    return each
+        return None
 
     def _parts(self) -> list[Part]:
         """The splits: fewer than SPLITS where classes have fewer images, or ENOUGH are held out."""
@@ -220,7 +240,12 @@ class Comparison:
                 model.load_state_dict(start, strict=False)
                 losses = self._losses(outputs)
                 if best and number < len(parts):
-                    self._check(losses, best, parts[:number])
+                    p = self._chance(losses, best, parts[:number])
+                    if p < HOPELESS:
+                        raise _Dropped(
+                            f"worse than {best.name} on the first {len(losses)} held-out images "
+                            f"(p = {p:.1g})"
+                        )
         logits, labels = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
         candidate.losses = losses.tolist()
         candidate.accuracy = model.target.num_correct(logits, labels).item() / len(labels)
@@ -234,21 +259,17 @@ class Comparison:
         scaled = logits.double() / best_temperature(target, logits, labels)
         return target.losses(scaled, labels).numpy()
 
-    def _check(self, losses: np.ndarray, best: Candidate, parts: Sequence[Part]) -> None:
-        """Drop a candidate with these losses if it is hopeless."""
+    def _chance(self, losses: np.ndarray, best: Candidate, parts: Sequence[Part]) -> float:
+        """Probability that losses of images held out in `parts` exceed the best's so by chance."""
         worse = losses - best.losses[: len(losses)]
         if self.split.train.patients:  # images of one patient are not independent
             held = np.concatenate([held for _, held, _ in parts])
             names = [self.split.train.patients[position] for position in held]
             _, patient = np.unique(names, return_inverse=True)
             worse = np.bincount(patient, worse) / np.bincount(patient)
-        if len(worse) > 1 and worse.any():
-            p = ttest_1samp(worse, 0, alternative="greater").pvalue
-            if p < LEVEL:
-                raise _Dropped(
-                    f"worse than {best.name} on the first {len(losses)} held-out images "
-                    f"(p = {p:.1g})"
-                )
+        if len(worse) < 2 or not worse.any():
+            return 1.0
+        return float(ttest_1samp(worse, 0, alternative="greater").pvalue)
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """What an interrupted run on the same images has found, by the candidate's name."""

@@ -176,7 +176,7 @@ def choose(prepared: Prepared, log: Log = print, progress: bool = True) -> Prepa
     config, folder, backbone = prepared.config, prepared.folder, prepared.backbone
     _open_folder(prepared)
     comparison = auto.Comparison(backbone, prepared.source, prepared.split, folder, progress)
-    settings = auto.settings(config, backbone)
+    settings = auto.settings(config, backbone, len(prepared.split.train))
     chosen, tried = comparison.choose(settings, config.auto.minutes, log)
     features = config.engine.feature_cache or folder.features
     engine = config.engine.model_copy(update={"feature_cache": features})
