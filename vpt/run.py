@@ -151,14 +151,13 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
     backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
     if not backbone.knows_rows:
         log(f"{config.backbone.name}: blocks of an unknown type, so prompts run as tokens")
-    read = (config, folder, source, split, calibration, duplicates, backbone)
-    if config.auto is not None:
-        return Prepared(*read, config, attach(backbone, source, auto.settings(config, backbone)[0]))
-    model = attach(backbone, source, config)
-    find_loss(config.train.loss, model)
-    tunable = num_tunable(model)
-    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
-    return Prepared(*read, config, model)
+    setting = config if config.auto is None else auto.settings(config, backbone)[0]
+    model = attach(backbone, source, setting)
+    if config.auto is None:
+        find_loss(config.train.loss, model)
+        tunable = num_tunable(model)
+        log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+    return Prepared(config, folder, source, split, calibration, duplicates, backbone, config, model)
 
 
 def check_method(config: RunConfig) -> None:
@@ -178,8 +177,8 @@ def choose(prepared: Prepared, log: Log = print, progress: bool = True) -> Prepa
     comparison = auto.Comparison(backbone, prepared.source, prepared.split, folder, progress)
     settings = auto.settings(config, backbone, len(prepared.split.train))
     chosen, tried = comparison.choose(settings, config.auto.minutes, log)
-    features = config.engine.feature_cache or folder.features
-    engine = config.engine.model_copy(update={"feature_cache": features})
+    cache = {"feature_cache": config.engine.feature_cache or folder.features}
+    engine = config.engine.model_copy(update=cache)
     setting = chosen.setting.model_copy(update={"engine": engine})
     model = attach(backbone, prepared.source, setting)
     return replace(prepared, setting=setting, model=model, candidates=tried)
