@@ -36,6 +36,7 @@ Patterns = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
 Windows = Annotated[tuple[Window, ...], Field(min_length=3, max_length=3)]
+AUTO = "auto"  # in the place of a method's name
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
 
@@ -162,6 +163,13 @@ class EngineConfig(Strict):
     feature_cache: File | None = None  # folder for image features of later runs; None: memory only
 
 
+class AutoConfig(Strict):
+    """Settings of `vpt train auto`, which compares methods on held-out training images."""
+
+    candidates: list[str] | None = Field(None, min_length=1)  # None: those that fit the backbone
+    minutes: float = Field(10, gt=0)  # for the comparison and the training after it
+
+
 class Expected(Strict):
     """The result that a run configuration should give, measured by its author."""
 
@@ -194,6 +202,7 @@ class RunConfig(Strict):
     # name: keys of `data` where the artefact is tested too, without training: put over the run's
     # own, or with a `name` or `root` another data set. {new: {class_half: new}}
     tests: dict[FileStem, dict[str, Any]] = {}
+    auto: AutoConfig | None = None  # of the method `auto` alone: the one to train is to be chosen
     out: File | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
     expected: Expected | None = None
 
@@ -271,7 +280,7 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     changes = changes_of(RunConfig, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
-        for section in ("recipe", "method", "train", "expected"):
+        for section in ("recipe", "method", "train", "auto", "expected"):
             file.pop(section, None)
     method = named if chosen is None else chosen
     if not method or not isinstance(method, str):
@@ -286,7 +295,13 @@ def compose(method: str, *settings: Any, where: str) -> RunConfig:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
     chosen = merge({}, *settings)
-    return validate(RunConfig, merge(_recipe(method, chosen.get("recipe")), chosen), where)
+    if method != AUTO and chosen.get("auto") is not None:
+        raise InputError(f"{where}: auto.… is of `vpt train auto`, not of {method}: drop it")
+    if method == AUTO:
+        recipe = read_yaml(resources.find("configs/run", AUTO))
+    else:
+        recipe = _recipe(method, chosen.get("recipe"))
+    return validate(RunConfig, merge(recipe, chosen), where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:

@@ -38,6 +38,16 @@ class RunFolder:
         return self.path / "failure.txt"
 
     @property
+    def candidates(self) -> Path:
+        """What is known of an auto run's candidates; there only while it is not finished."""
+        return self.path / "candidates.json"
+
+    @property
+    def features(self) -> Path:
+        """Image features for an auto run's candidates; there only while it is not finished."""
+        return self.path / "features"
+
+    @property
     def result(self) -> Path:
         """The metrics; there only when the run is finished."""
         return self.path / "result.json"

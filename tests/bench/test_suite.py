@@ -117,6 +117,19 @@ def test_cells_are_all_combinations():
     assert not any(cell.candidates for cell in todo)
 
 
+def test_auto_is_a_row_of_its_own(suite, tmp_path):
+    given = ["methods=[auto]", "shots=[3]", "seeds=[1]"]
+    few = "settings={auto: {auto: {candidates: [ss_text, linear_probe]}}}"
+    (cell,) = cells(load_suite(str(suite), [*given, few]), tmp_path / "out")
+    (config,) = cell.finals(cell.settings[0])
+    assert attempt(config) is None
+    (result,) = results(tmp_path / "out").values()
+    assert result["method"] == "auto" and result["chosen"] in result["candidates"]
+    wrong = "settings={auto: {auto: {candidates: [ss_txt]}}}"
+    with pytest.raises(InputError, match=r"'ss_txt'.*'ss_text'"):
+        cells(load_suite(str(suite), [*given, wrong]), tmp_path / "out")
+
+
 def test_settings_and_places_of_the_data():
     overrides = [
         "root=data",

@@ -10,12 +10,12 @@ from typing import Any
 from filelock import FileLock
 
 from vpt import methods
-from vpt.config import Parts, RunConfig, Seed, SuiteConfig, compose
+from vpt.config import AUTO, Parts, RunConfig, Seed, SuiteConfig, compose
 from vpt.data import layouts
 from vpt.data.cards import load_card
 from vpt.errors import InputError
 from vpt.folder import RunFolder, default_folder
-from vpt.run import run
+from vpt.run import check_method, run
 
 RETRIES = 3  # of a run whose process or node died
 
@@ -59,11 +59,11 @@ def cells(suite: SuiteConfig, out: Path) -> list[Cell]:
     Raises:
         InputError: no such method or data set, or settings that do not fit.
     """
-    for method in suite.grid:
-        methods.find(method)
-    for name in suite.settings:
-        method, _, data = name.partition("/")
-        methods.find(method)
+    named = {name: name.partition("/") for name in suite.settings}
+    for method in [*suite.grid, *(method for method, _, _ in named.values())]:
+        if method != AUTO:
+            methods.find(method)
+    for _, _, data in named.values():
         if data:
             load_card(data)
     return [
@@ -156,7 +156,7 @@ def _setting(
         {"tests": {name: _test(suite, keys) for name, keys in suite.tests.items()}},
         where=f"{method} on {data}",
     )
-    methods.check_options(method, config.method.options)
+    check_method(config)
     return config
 
 

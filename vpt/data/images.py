@@ -4,6 +4,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,9 @@ class Samples:
     def hashes(self) -> list[bytes]:
         """SHA-256 of each image's own bytes."""
         return [
-            hashlib.sha256(i.read_bytes() if isinstance(i, Path) else i.tobytes()).digest()
+            _file_hash(i, i.stat().st_size, i.stat().st_mtime_ns)
+            if isinstance(i, Path)
+            else hashlib.sha256(i.tobytes()).digest()
             for i in self.images
         ]
 
@@ -99,6 +102,12 @@ class Samples:
         if isinstance(image, np.ndarray):
             return array_to_image(image)
         return read_image(image, least, self.windows, grey)
+
+
+@cache
+def _file_hash(path: Path, size: int, modified: int) -> bytes:
+    """SHA-256 of a file, which is read again only if its size or time has changed."""
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def samples_of(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from vpt.accelerator import Precision, make_accelerator
 from vpt.artifact import digest
 from vpt.errors import InputError
-from vpt.evaluation.evaluate import EVAL_BATCH
+from vpt.evaluation.evaluate import EVAL_BATCH, predict
 from vpt.files import write_atomically
 from vpt.methods import Method
 from vpt.methods.base import Batch
@@ -130,7 +130,9 @@ class FrozenColumns:
     def _key(self, view: int) -> str:
         """Names all that the columns come from; another of any of it is another file."""
         model, images = self.model, self.train.dataset
-        own = model.overrides("image_prompts", "pixels", "read", "features", "frozen_columns")
+        own = model.overrides(
+            "image_prompts", "pixels", "read", "project", "features", "frozen_columns"
+        )
         tensors, tunable = model.artifact_tensors() if own else {}, model.tunable_parameters()
         frozen = {name: t.cpu() for name, t in tensors.items() if name not in tunable}
         text = json.dumps(
@@ -153,12 +155,14 @@ class FrozenColumns:
 
 @torch.no_grad()
 def predict_cached(
-    model: Method, loader: DataLoader, precision: Precision, folder: Path
+    model: Method, loader: DataLoader, precision: Precision, folder: Path | None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, C) and labels of a loader's images, of which `folder` keeps the features.
+    """Logits (N, C) and labels of the images of a loader without augmentation.
 
-    For a method with `frozen_features`, and a loader without augmentation.
+    Of a method with `frozen_features`, `folder` keeps the features; None: nothing does.
     """
+    if folder is None or not model.frozen_features:
+        return predict(model, loader, precision)
     accelerator = make_accelerator(precision)
     frozen = FrozenColumns(model, loader, accelerator, None, folder, log=lambda line: None)
     frozen.show(0)
