@@ -18,9 +18,11 @@ from pydantic import (
 )
 
 from vpt import resources
+from vpt.digests import artefacts, stored_digest
 from vpt.errors import InputError, nearest
 from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
 
+AUTO = "auto:"
 Model = TypeVar("Model", bound=BaseModel)
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
@@ -187,8 +189,19 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     decision: DecisionConfig = DecisionConfig()
     engine: EngineConfig = EngineConfig()
+    # an artefact that prompts and contexts start from, or auto:DIR, the one of a folder that fits
+    # the training images best; None: as the method draws them
+    init_from: Text | None = None
     out: File | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
     expected: Expected | None = None
+
+    @property
+    def start(self) -> tuple[bool, list[Path]]:
+        """Whether one is to be chosen, and the artefacts that `init_from` means."""
+        folder = (self.init_from or "").removeprefix(AUTO)
+        if folder == self.init_from:
+            return False, [Path(folder).expanduser()]
+        return True, artefacts(Path(folder).expanduser()) if folder else []
 
     @property
     def hash(self) -> str:
@@ -204,6 +217,8 @@ class RunConfig(Strict):
                 counted[name] = {key: value[key] for key in value if key in counts}
             elif name in {"recipe", "method"}:
                 counted[name] = value
+            elif name == "init_from" and value:  # by content, wherever the files lie
+                counted[name] = [self.start[0], *sorted(map(stored_digest, self.start[1]))]
             elif name in changed:
                 counted[name] = changed[name]
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]

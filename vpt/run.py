@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from vpt.training import fit as training
 from vpt.training.epochs import Record
 from vpt.training.features import predict_cached
 from vpt.training.fit import find_loss
+from vpt.training.start import start
 
 NOTICE = "Not for clinical use."  # with every result of medical data
 
@@ -49,6 +50,8 @@ class Prepared:
     calibration: Samples | None
     duplicates: list[Duplicate]
     model: Method
+    # `init_from`: what the method started from
+    started: dict[str, Any] = field(default_factory=dict)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -61,6 +64,7 @@ class Prepared:
             "split_hash": self.split.hash,
             "config_hash": self.config.hash,
             "precision": self.config.train.precision,
+            **self.started,
         }
 
     def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -148,7 +152,8 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
     find_loss(config.train.loss, model)
     tunable = num_tunable(model)
     log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
-    return Prepared(config, folder, source, split, calibration, duplicates, model)
+    started = {"init_from": start(model, config, split.train, log)} if config.init_from else {}
+    return Prepared(config, folder, source, split, calibration, duplicates, model, started)
 
 
 def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
@@ -226,6 +231,7 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
         "stored_parameters": sum(p.numel() for n, p in model.named_parameters() if n in kept),
         "trained": "loss" in history[-1],  # False: fitted at once, or left as it starts
         "train_seconds": sum(record["seconds"] for record in history),
+        **prepared.started,
         "method": model.name,
         "backbone": config.backbone.name,
         "fingerprint": model.backbone.fingerprint()[:16],

@@ -1,0 +1,36 @@
+"""Digests that artefacts carry in their headers, read without their tensors."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+
+from vpt.errors import InputError
+
+
+def stored_digest(artefact: Path) -> str:
+    """SHA-256 of an artefact's tensors and metadata, as its header says.
+
+    Raises:
+        InputError: no such file, or none that `vpt.save` wrote.
+    """
+    if not artefact.is_file():
+        raise InputError(f"{artefact}: no such artefact")
+    try:
+        with safe_open(artefact, framework="np") as file:
+            return (file.metadata() or {})["sha256"]
+    except Exception:
+        raise InputError(f"{artefact}: not an artefact of vpt: give a prompt.safetensors") from None
+
+
+def artefacts(folder: Path) -> list[Path]:
+    """The artefacts of a folder as `vpt serve` takes it or, without any, of its run folders.
+
+    Raises:
+        InputError: there are none.
+    """
+    hidden = {path for path in folder.glob(".*")}
+    found = sorted({*folder.glob("*.safetensors")} - hidden)
+    found = found or sorted(folder.glob("*/prompt.safetensors"))
+    if not found:
+        raise InputError(f"{folder}: no artefact in it: give a folder of NAME.safetensors, or runs")
+    return found

@@ -1,0 +1,116 @@
+"""Where a run starts: at another artefact's prompts, chosen on the training images if need be."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpt.accelerator import Precision, make_accelerator
+from vpt.artifact import start_from
+from vpt.config import RunConfig
+from vpt.data.sources import Samples
+from vpt.digests import stored_digest
+from vpt.errors import InputError
+from vpt.evaluation.evaluate import test_loader
+from vpt.methods import Method
+from vpt.progress import Log
+from vpt.training.features import image_features
+from vpt.training.training_set import Batches
+
+PENALTIES = tuple(10.0**power for power in range(-2, 7))  # of the ridge, features standardised
+NONE = "none"  # the method's own start, among those to choose from
+
+
+def start(model: Method, config: RunConfig, samples: Samples, log: Log) -> dict[str, Any]:
+    """Start `model` from what `init_from` means; names the artefact for its own one's metadata.
+
+    Returns:
+        `sha256` of the artefact, None where none was chosen; where there was a choice also its
+        `name`, and `held_out_accuracy` of each, as `held_out_accuracies` has them.
+
+    Raises:
+        InputError: as `artifact.start_from`; nothing to choose from, or no way to.
+    """
+    chooses, paths = config.start
+    if not chooses:
+        start_from(model, paths[0])
+        log(f"starts from {paths[0]}")
+        return {"sha256": stored_digest(paths[0])}
+    found = held_out_accuracies(model, paths, samples, config.train.precision, log)
+    best = max(found, key=lambda name: found[name])  # the first, so none, of equals
+    log(
+        f"init_from: leave-one-out accuracy on {len(samples)} training images "
+        + ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in found.items())
+        + f": starts from {best}"
+    )
+    path = None if best == NONE else _by_name(paths)[best]
+    if path:
+        start_from(model, path)
+    digest = path and stored_digest(path)
+    return {"sha256": digest, "name": best, "held_out_accuracy": found}
+
+
+def held_out_accuracies(
+    model: Method, paths: Sequence[Path], samples: Samples, precision: Precision, log: Log
+) -> dict[str, float]:
+    """Leave-one-out accuracy of a ridge on features of `samples`, by the artefact started from.
+
+    First that of the model as it is, called none. Artefacts that do not fit are left out, with a
+    line. It takes one forward pass of `samples` for each; `model` is left as it was.
+
+    Raises:
+        InputError: a method whose prompts change no image features; no artefact fits.
+    """
+    if model.frozen_features:
+        raise InputError(
+            f"init_from=auto: chooses by image features, which {model.name} leaves alone: name the "
+            "artefact"
+        )
+    own = {name: tensor.clone() for name, tensor in model.artifact_tensors().items()}
+    accelerator, batches = make_accelerator(precision), Batches(test_loader(model, samples))
+    found = {}
+    for name, path in {NONE: None, **_by_name(paths)}.items():
+        try:
+            if path:
+                start_from(model, path)
+        except InputError as error:
+            log(f"init_from: left out: {error}")
+            continue
+        seen = image_features(model, batches, accelerator)
+        truth = model.target.truth(seen.labels, len(model.class_names))
+        logits = held_out_fit(seen.inputs, truth)
+        found[name] = (model.target.num_correct(logits, seen.labels) / len(samples)).item()
+        model.load_state_dict(own, strict=False)
+    if len(found) == 1:
+        raise InputError("init_from=auto: no artefact of the folder fits: name one, or drop it")
+    return found
+
+
+def held_out_fit(features: Tensor, truth: Tensor) -> Tensor:
+    """What a ridge regression that was fitted without each image gives for it, (N, C).
+
+    Closed form (Allen 1974, PRESS): the residuals of the fit to all, over 1 - leverage. Of
+    PENALTIES the one with the least squared error.
+
+    Args:
+        features: (N, dim); standardised here.
+        truth: bool (N, C), fitted as 1 and -1, so that 0 is between.
+    """
+    x, y = features.double(), 2.0 * truth.double() - 1
+    x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-12)
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    centred = y - y.mean(0)
+    fits = []
+    for penalty in PENALTIES:
+        kept = s**2 / (s**2 + penalty)
+        leverage = 1 / len(x) + (u**2 @ kept)[:, None]
+        residuals = (centred - u @ (kept[:, None] * (u.T @ centred))) / (1 - leverage)
+        fits.append((residuals.square().sum().item(), y - residuals))
+    return min(fits, key=lambda fit: fit[0])[1]
+
+
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Artefacts called by their files, or those of runs by their folders."""
+    return {p.parent.name if p.name == "prompt.safetensors" else p.stem: p for p in paths}
