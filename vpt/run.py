@@ -380,4 +380,7 @@ def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, A
             f"{folder.path}: holds a run with other settings ({before.hash}, not {config.hash}): "
             "give another out=DIR"
         )
+    if config.init_from and folder.prompt.is_file():  # what it names may have changed since
+        if artifact.read_metadata(folder.prompt)["config_hash"] != config.hash:
+            raise InputError(f"{folder.path}: init_from was another artefact: give another out=DIR")
     return json.loads(folder.result.read_text()) if folder.result.is_file() else None

@@ -28,7 +28,7 @@ def start(model: Method, config: RunConfig, samples: Samples, log: Log) -> dict[
 
     Returns:
         `sha256` of the artefact, None where none was chosen; where there was a choice also its
-        `name`, and `held_out_accuracy` of each, as `held_out_accuracies` has them.
+        `name`, and `held_out_accuracy` of each.
 
     Raises:
         InputError: as `artifact.start_from`; nothing to choose from, or no way to.
@@ -38,26 +38,40 @@ def start(model: Method, config: RunConfig, samples: Samples, log: Log) -> dict[
         start_from(model, paths[0])
         log(f"starts from {paths[0]}")
         return {"sha256": stored_digest(paths[0])}
-    found = held_out_accuracies(model, paths, samples, config.train.precision, log)
-    best = max(found, key=lambda name: found[name])  # the first, so none, of equals
+    found = held_out(model, paths, samples, config.train.precision, log)
+    best = choose(found)
     log(
         f"init_from: leave-one-out accuracy on {len(samples)} training images "
-        + ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in found.items())
+        + ", ".join(f"{name} {accuracy:.1%}" for name, (accuracy, _) in found.items())
         + f": starts from {best}"
     )
     path = None if best == NONE else _by_name(paths)[best]
     if path:
         start_from(model, path)
     digest = path and stored_digest(path)
-    return {"sha256": digest, "name": best, "held_out_accuracy": found}
+    accuracies = {name: accuracy for name, (accuracy, _) in found.items()}
+    return {"sha256": digest, "name": best, "held_out_accuracy": accuracies}
 
 
-def held_out_accuracies(
+def choose(found: dict[str, tuple[float, float]]) -> str:
+    """The name of the best of `held_out`, ties to the lower error, then to the first.
+
+    With one image a class nothing can be held out, all accuracies are 0, and it is the first: none.
+    """
+
+    def rank(name: str) -> tuple[float, float]:
+        accuracy, error = found[name]
+        return accuracy, -error if accuracy else 0.0
+
+    return max(found, key=rank)
+
+
+def held_out(
     model: Method, paths: Sequence[Path], samples: Samples, precision: Precision, log: Log
-) -> dict[str, float]:
-    """Leave-one-out accuracy of a ridge on features of `samples`, by the artefact started from.
+) -> dict[str, tuple[float, float]]:
+    """Leave-one-out accuracy and mean squared error of a ridge, by the artefact started from.
 
-    First that of the model as it is, called none. Artefacts that do not fit are left out, with a
+    The ridge is fitted to features of `samples`, the truth as 1 and -1. First that of the model as it is, called none. Artefacts that do not fit are left out, with a
     line. It takes one forward pass of `samples` for each; `model` is left as it was.
 
     Raises:
@@ -80,16 +94,17 @@ def held_out_accuracies(
             continue
         seen = image_features(model, batches, accelerator)
         truth = model.target.truth(seen.labels, len(model.class_names))
-        logits = held_out_fit(seen.inputs, truth)
-        found[name] = (model.target.num_correct(logits, seen.labels) / len(samples)).item()
+        logits, error = held_out_fit(seen.inputs, truth)
+        correct = model.target.num_correct(logits, seen.labels)
+        found[name] = (correct / len(samples)).item(), error
         model.load_state_dict(own, strict=False)
     if len(found) == 1:
         raise InputError("init_from=auto: no artefact of the folder fits: name one, or drop it")
     return found
 
 
-def held_out_fit(features: Tensor, truth: Tensor) -> Tensor:
-    """What a ridge regression that was fitted without each image gives for it, (N, C).
+def held_out_fit(features: Tensor, truth: Tensor) -> tuple[Tensor, float]:
+    """What a ridge regression that was fitted without each image gives for it, and its error.
 
     Closed form (Allen 1974, PRESS): the residuals of the fit to all, over 1 - leverage. Of
     PENALTIES the one with the least squared error.
@@ -97,6 +112,9 @@ def held_out_fit(features: Tensor, truth: Tensor) -> Tensor:
     Args:
         features: (N, dim); standardised here.
         truth: bool (N, C), fitted as 1 and -1, so that 0 is between.
+
+    Returns:
+        Fits (N, C), and their mean squared error.
     """
     x, y = features.double(), 2.0 * truth.double() - 1
     x = (x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-12)
@@ -107,8 +125,8 @@ def held_out_fit(features: Tensor, truth: Tensor) -> Tensor:
         kept = s**2 / (s**2 + penalty)
         leverage = 1 / len(x) + (u**2 @ kept)[:, None]
         residuals = (centred - u @ (kept[:, None] * (u.T @ centred))) / (1 - leverage)
-        fits.append((residuals.square().sum().item(), y - residuals))
-    return min(fits, key=lambda fit: fit[0])[1]
+        fits.append((y - residuals, residuals.square().mean().item()))
+    return min(fits, key=lambda fit: fit[1])
 
 
 def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
