@@ -15,6 +15,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from vpt import resources
@@ -26,6 +27,7 @@ AUTO = "auto:"
 Model = TypeVar("Model", bound=BaseModel)
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Task = Annotated[Text, Field(pattern=r"^\w[\w .-]*$")]  # names a file
 Sampling = Literal["balanced", "natural"]
 Augment = Literal["none", "crop", "crop_flip"]
 Parts = Literal["train-test", "train-val", "trainval-test"]
@@ -185,6 +187,8 @@ class RunConfig(Strict):
     # where the method's own settings are from: configs/method, or configs/paper as it was published
     recipe: Recipe = "default"
     data: DataConfig = DataConfig()
+    # task → its own keys of `data`, over those above: prompts of several data sets learned at once
+    tasks: dict[Task, DataConfig] = Field({})
     method: MethodConfig
     train: TrainConfig = TrainConfig()
     decision: DecisionConfig = DecisionConfig()
@@ -194,6 +198,15 @@ class RunConfig(Strict):
     init_from: Text | None = None
     out: File | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
     expected: Expected | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_tasks(cls, values: Any) -> Any:
+        data, tasks = values.get("data") or {}, values.get("tasks") or {}
+        if isinstance(data, dict) and isinstance(tasks, dict):
+            whole = {n: data | own if isinstance(own, dict) else own for n, own in tasks.items()}
+            return values | {"tasks": whole}
+        return values
 
     @property
     def start(self) -> tuple[bool, list[Path]]:
@@ -206,7 +219,8 @@ class RunConfig(Strict):
     @property
     def hash(self) -> str:
         """Names the run: changes with every setting that can change its result."""
-        without = {"data": {"workers", "duplicates"}, "engine": {"feature_cache"}}
+        workers = {"workers", "duplicates"}
+        without = {"data": workers, "tasks": {"__all__": workers}, "engine": {"feature_cache"}}
         exclude: dict[str, Any] = {"out": True, "expected": True, **without}
         settings = self.model_dump(mode="json", exclude=exclude)
         changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
@@ -369,6 +383,8 @@ def _method_name(settings: Mapping[str, Any]) -> Any:
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     for part in location:
+        if part not in model.model_fields:  # a task
+            continue
         annotation = model.model_fields[part].annotation
         model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), model)
     return list(model.model_fields)

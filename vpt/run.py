@@ -109,15 +109,19 @@ def run(
         InputError: bad input, or a folder that holds another run.
     """
     folder = RunFolder(config.out or default_folder(config))
-    if finished := _finished(folder, config, resume):
-        return finished
+    if done := finished(folder, config, resume):
+        return done
     prepared = prepare(config, log)
     history = fit(prepared, log, progress)
     return write(prepared, history, test(prepared, log))
 
 
-def prepare(config: RunConfig, log: Log = print) -> Prepared:
+def prepare(
+    config: RunConfig, log: Log = print, backbone: backbones.Backbone | None = None
+) -> Prepared:
     """Read and check all that a run needs, and attach the method; writes nothing.
+
+    `backbone` is the configuration's, where another run has loaded it.
 
     Raises:
         InputError: anything that is wrong with the input.
@@ -136,7 +140,9 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
-    backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
+    backbone = backbones.adapt(
+        backbone or backbones.load(config.backbone.name, config.backbone.checkpoint)
+    )
     backbone.exact_tokens = config.engine.exact_tokens
     backbone.checkpointing = config.engine.checkpointing
     backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
@@ -169,7 +175,7 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
         write_atomically(folder.config, to_yaml(config).encode())
         if prepared.duplicates:
             pairs = [pair._asdict() for pair in prepared.duplicates]
-            write_atomically(folder.duplicates, _lines(pairs))
+            write_atomically(folder.duplicates, json_lines(pairs))
     train = make_loader(
         split.train,
         model.backbone.preprocess,
@@ -269,10 +275,11 @@ def num_tunable(model: Method) -> int:
 
 def _keep(prepared: Prepared, history: list[Record], **details: Any) -> None:
     artifact.save(prepared.model, prepared.folder.prompt, **prepared.details, **details)
-    write_atomically(prepared.folder.metrics, _lines(history))
+    write_atomically(prepared.folder.metrics, json_lines(history))
 
 
-def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+def json_lines(records: Sequence[dict[str, Any]]) -> bytes:
+    """A JSON record a line."""
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
@@ -365,7 +372,7 @@ def _check_same_split(folder: RunFolder, split: Split) -> None:
             )
 
 
-def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+def finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
