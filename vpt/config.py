@@ -19,11 +19,10 @@ from pydantic import (
 )
 
 from vpt import resources
-from vpt.digests import artefacts, stored_digest
+from vpt.digests import content
 from vpt.errors import InputError, nearest
 from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
 
-AUTO = "auto:"
 Model = TypeVar("Model", bound=BaseModel)
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
@@ -202,19 +201,11 @@ class RunConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete_tasks(cls, values: Any) -> Any:
-        data, tasks = values.get("data") or {}, values.get("tasks") or {}
-        if isinstance(data, dict) and isinstance(tasks, dict):
-            whole = {n: data | own if isinstance(own, dict) else own for n, own in tasks.items()}
-            return values | {"tasks": whole}
+        tasks = values.get("tasks")
+        if isinstance(tasks, dict) and all(isinstance(own, dict) for own in tasks.values()):
+            shared = values.get("data") or {}
+            return {**values, "tasks": {name: merge(shared, own) for name, own in tasks.items()}}
         return values
-
-    @property
-    def start(self) -> tuple[bool, list[Path]]:
-        """Whether one is to be chosen, and the artefacts that `init_from` means."""
-        folder = (self.init_from or "").removeprefix(AUTO)
-        if folder == self.init_from:
-            return False, [Path(folder).expanduser()]
-        return True, artefacts(Path(folder).expanduser()) if folder else []
 
     @property
     def hash(self) -> str:
@@ -224,7 +215,7 @@ class RunConfig(Strict):
         exclude: dict[str, Any] = {"out": True, "expected": True, **without}
         settings = self.model_dump(mode="json", exclude=exclude)
         changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
-        counted = {}
+        counted: dict[str, Any] = {}
         for name, value in settings.items():
             if name in _FIRST_KEYS:
                 counts = _FIRST_KEYS[name] | changed.get(name, {}).keys()
@@ -232,7 +223,7 @@ class RunConfig(Strict):
             elif name in {"recipe", "method"}:
                 counted[name] = value
             elif name == "init_from" and value:  # by content, wherever the files lie
-                counted[name] = [self.start[0], *sorted(map(stored_digest, self.start[1]))]
+                counted[name] = content(value)
             elif name in changed:
                 counted[name] = changed[name]
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
@@ -253,6 +244,9 @@ _FIRST_KEYS: dict[str, set[str]] = {
     "decision": {"temperature", "sensitivity", "specificity", "alpha", "coverage"},
     "engine": {"exact_tokens", "compile", "checkpointing"},
 }
+
+
+Run = TypeVar("Run", bound=RunConfig)
 
 
 class SuiteConfig(Strict):
@@ -277,7 +271,12 @@ class SuiteConfig(Strict):
 
 
 def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run configuration `config`, a path or a name under configs/run, with `key=value`s.
+    """The run configuration `config`, a path or a name under configs/run, with `key=value`s."""
+    return load_as(RunConfig, "configs/run", config, overrides)
+
+
+def load_as(kind: type[Run], folder: str, config: str, overrides: Sequence[str] = ()) -> Run:
+    """A configuration of a `kind` of run, a path or a name under `folder`, with `key=value`s.
 
     The method's own recipe comes first, from configs/method or, with `recipe=paper`, configs/paper;
     then the file, then the overrides. An override of `method.name` drops what the file says for the
@@ -286,9 +285,9 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: no such file, not YAML, an unknown key or a value out of its range.
     """
-    path = _find("configs/run", config)
+    path = _find(folder, config)
     file = read_yaml(path)
-    changes = changes_of(RunConfig, overrides)
+    changes = changes_of(kind, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
         for section in ("recipe", "method", "train", "expected"):
@@ -296,7 +295,7 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     method = named if chosen is None else chosen
     if not method or not isinstance(method, str):
         raise InputError(f"{path}: method.name is missing: give method.name=NAME")
-    return compose(method, file, changes, where=config)
+    return validate(kind, _over_recipe(method, file, changes), where=config)
 
 
 def compose(method: str, *settings: Any, where: str) -> RunConfig:
@@ -305,8 +304,12 @@ def compose(method: str, *settings: Any, where: str) -> RunConfig:
     Raises:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
+    return validate(RunConfig, _over_recipe(method, *settings), where)
+
+
+def _over_recipe(method: str, *settings: Any) -> dict[str, Any]:
     chosen = merge({}, *settings)
-    return validate(RunConfig, merge(_recipe(method, chosen.get("recipe")), chosen), where)
+    return merge(_recipe(method, chosen.get("recipe")), chosen)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:

@@ -1,10 +1,32 @@
-"""Digests that artefacts carry in their headers, read without their tensors."""
+"""Artefacts that a run starts from, and their digests, read without their tensors."""
 
 from pathlib import Path
 
 from safetensors import safe_open
 
 from vpt.errors import InputError
+
+AUTO = "auto:"
+
+
+def sources(init_from: str) -> list[Path]:
+    """The artefact that `init_from` names, or those of the folder of `auto:DIR`.
+
+    Raises:
+        InputError: as `artefacts`.
+    """
+    path = Path(init_from.removeprefix(AUTO)).expanduser()
+    return artefacts(path) if init_from.startswith(AUTO) else [path]
+
+
+def content(init_from: str) -> list[str]:
+    """What `init_from` means, wherever its files lie.
+
+    Raises:
+        InputError: as `sources` and `stored_digest`.
+    """
+    chosen = [AUTO] if init_from.startswith(AUTO) else []
+    return chosen + sorted(map(stored_digest, sources(init_from)))
 
 
 def stored_digest(artefact: Path) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from vpt.accelerator import processes
-from vpt.config import AUTO, RunConfig, to_yaml
+from vpt.config import RunConfig, to_yaml
 from vpt.data.duplicates import find_duplicates
 from vpt.data.images import Samples
 from vpt.data.loaders import make_loader
+from vpt.digests import AUTO
 from vpt.errors import InputError
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
@@ -92,7 +93,9 @@ def join(tasks: Mapping[str, Samples], starts: list[int]) -> Samples:
     parts = list(zip(tasks.items(), starts, strict=True))
     patients = None
     if any(part.patients for part in tasks.values()):
-        patients = [f"{task}/{p}" for task, part in tasks.items() for p in part.patients or part.names]
+        patients = [
+            f"{task}/{p}" for task, part in tasks.items() for p in part.patients or part.names
+        ]
     return Samples(
         [image for part in tasks.values() for image in part.images],
         np.concatenate([part.labels + start for (_, part), start in parts]),
@@ -125,7 +128,9 @@ def _prepare(config: RunConfig, folder: RunFolder, log: Log) -> dict[str, Prepar
     for name, task in tasks.items():
         alike = task.model.backbone.preprocess == first.model.backbone.preprocess
         if not alike or task.split.train.windows != first.split.train.windows:
-            raise InputError(f"tasks.{name}: another range of grey values or windows: train it alone")
+            raise InputError(
+                f"tasks.{name}: another range of grey values or windows: train it alone"
+            )
         if task.source.augment != first.source.augment:
             raise InputError(f"tasks.{name}: another augmentation: give data.augment=none")
         _check_apart(name, tasks, config)
@@ -142,7 +147,8 @@ def _check_apart(name: str, tasks: Mapping[str, Prepared], config: RunConfig) ->
     if pairs := find_duplicates(split, tasks[name].model.backbone.preprocess.grey_range):
         raise InputError(
             f"tasks.{name}: {len(pairs)} test images look like training images of other tasks, "
-            f"first {pairs[0].test} like {pairs[0].train}: remove them, or give data.duplicates=warn"
+            f"first {pairs[0].test} like {pairs[0].train}: remove them, or give "
+            "data.duplicates=warn"
         )
 
 

@@ -387,7 +387,7 @@ def finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, An
             f"{folder.path}: holds a run with other settings ({before.hash}, not {config.hash}): "
             "give another out=DIR"
         )
-    if config.init_from and folder.prompt.is_file():  # what it names may have changed since
-        if artifact.read_metadata(folder.prompt)["config_hash"] != config.hash:
-            raise InputError(f"{folder.path}: init_from was another artefact: give another out=DIR")
+    begun = folder.prompt.is_file() and artifact.read_metadata(folder.prompt)
+    if config.init_from and begun and begun["config_hash"] != config.hash:  # by content
+        raise InputError(f"{folder.path}: init_from was another artefact: give another out=DIR")
     return json.loads(folder.result.read_text()) if folder.result.is_file() else None

@@ -1,4 +1,4 @@
-"""Several data sets at once: a shared prompt, a rank-one change of it for each, an artefact each."""
+"""Several data sets at once: a shared prompt, a rank-one change of it and an artefact for each."""
 
 import json
 

@@ -101,7 +101,7 @@ def test_another_method_or_backbone_is_refused(tmp_path):
 
 def test_what_belongs_to_classes_starts_no_others(tmp_path):
     backbone = clip()
-    path, source = saved(tmp_path / "a.safetensors", backbone, "taskres")
+    path, _ = saved(tmp_path / "a.safetensors", backbone, "taskres")
     start_from(attach(backbone, "taskres"), path)
     with pytest.raises(InputError, match="belongs to its own classes"):
         start_from(attach(backbone, "taskres", class_names=["x", "y", "z"]), path)
@@ -140,7 +140,7 @@ def test_the_best_is_chosen_and_none_without_a_reason():
 def test_a_source_that_tells_the_classes_apart_is_chosen(tmp_path):
     backbone = vit()
     data = samples(np.arange(12) % 3)
-    good, model = saved(tmp_path / "good.safetensors", backbone, head="random")
+    good, _ = saved(tmp_path / "good.safetensors", backbone, head="random")
     constant = attach(backbone, head="random")
     with torch.no_grad():  # prompts so loud that no image is heard
         constant.prompts.fill_(0).add_(1e4 * torch.randn(constant.prompts.shape[-1]))

@@ -6,7 +6,8 @@ import sys
 from vpt.cli.app import app
 from vpt.errors import InputError
 
-for room in ("training", "benchmarks", "artefacts", "serving", "listing"):  # as --help lists them
+# as --help lists them
+for room in ("training", "benchmarks", "transfer", "artefacts", "serving", "listing"):
     importlib.import_module(f"vpt.cli.{room}")
 
 

@@ -11,7 +11,7 @@ from vpt.accelerator import Precision, make_accelerator
 from vpt.artifact import start_from
 from vpt.config import RunConfig
 from vpt.data.sources import Samples
-from vpt.digests import stored_digest
+from vpt.digests import AUTO, sources, stored_digest
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import test_loader
 from vpt.methods import Method
@@ -33,8 +33,8 @@ def start(model: Method, config: RunConfig, samples: Samples, log: Log) -> dict[
     Raises:
         InputError: as `artifact.start_from`; nothing to choose from, or no way to.
     """
-    chooses, paths = config.start
-    if not chooses:
+    paths = sources(config.init_from)
+    if not config.init_from.startswith(AUTO):
         start_from(model, paths[0])
         log(f"starts from {paths[0]}")
         return {"sha256": stored_digest(paths[0])}
@@ -71,8 +71,9 @@ def held_out(
 ) -> dict[str, tuple[float, float]]:
     """Leave-one-out accuracy and mean squared error of a ridge, by the artefact started from.
 
-    The ridge is fitted to features of `samples`, the truth as 1 and -1. First that of the model as it is, called none. Artefacts that do not fit are left out, with a
-    line. It takes one forward pass of `samples` for each; `model` is left as it was.
+    The ridge is fitted to features of `samples`, the truth as 1 and -1: first of the model as it
+    is, called none. Artefacts that do not fit are left out, with a line. It takes one forward pass
+    of `samples` for each; `model` is left as it was.
 
     Raises:
         InputError: a method whose prompts change no image features; no artefact fits.
