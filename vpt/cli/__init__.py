@@ -6,8 +6,15 @@ import sys
 from vpt.cli.app import app
 from vpt.errors import InputError
 
-# as --help lists them
-for room in ("training", "benchmarks", "transfer", "artefacts", "serving", "listing"):
+for room in (
+    "training",
+    "benchmarks",
+    "transfer",
+    "artefacts",
+    "sharing",
+    "serving",
+    "listing",
+):  # as --help lists them
     importlib.import_module(f"vpt.cli.{room}")
 
 
