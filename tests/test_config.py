@@ -2,6 +2,7 @@
 
 import pytest
 from pydantic import BaseModel
+from stored import FOLDER
 
 import vpt
 from vpt import methods, resources
@@ -240,6 +241,8 @@ CHANGES = {
     "engine.compile": "true",
     "engine.checkpointing": "true",
     "engine.feature_cache": "features",
+    "tasks": "{pets: {root: pets}}",
+    "init_from": str(FOLDER / "vpt_deep_vit.safetensors"),
     "out": "elsewhere",
     "expected": "{accuracy: 0.5, within: 0.1, measured_on: a laptop}",
 }

@@ -61,6 +61,7 @@ def run(
         workers=config.data.workers,
     )
     main = processes().is_main_process
+    processes().wait_for_everyone()  # all have seen whether the folder held a run
     if main:
         write_atomically(folder.config, to_yaml(config).encode())
     history = training.fit(

@@ -108,6 +108,8 @@ def run(
     Raises:
         InputError: bad input, or a folder that holds another run.
     """
+    if config.tasks:
+        raise InputError("tasks: several data sets at once are for vpt train, vpt.multitask.run")
     folder = RunFolder(config.out or default_folder(config))
     if done := finished(folder, config, resume):
         return done
