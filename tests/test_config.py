@@ -2,6 +2,7 @@
 
 import pytest
 from pydantic import BaseModel
+from stored import FOLDER
 
 import vpt
 from vpt import methods, resources
@@ -244,6 +245,8 @@ CHANGES = {
     "engine.checkpointing": "true",
     "engine.feature_cache": "features",
     "tests": "{new: {class_half: new}}",
+    "tasks": "{pets: {root: pets}}",
+    "init_from": str(FOLDER / "vpt_deep_vit.safetensors"),
     "out": "elsewhere",
     "expected": "{accuracy: 0.5, within: 0.1, measured_on: a laptop}",
 }

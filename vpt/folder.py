@@ -69,7 +69,8 @@ class RunFolder:
 
 def default_folder(config: RunConfig) -> Path:
     """runs/METHOD-DATA[-HALF]-SHOTSshot-seedSEED."""
-    data = config.data.name or (config.data.root.stem if config.data.root else "data")
+    root = config.data.root
+    data = "+".join(config.tasks) or config.data.name or (root.stem if root else "data")
     data += f"-{config.data.class_half}" if config.data.class_half else ""
     shots = "all" if config.data.shots is None else f"{config.data.shots}shot"
     return Path("runs") / f"{config.method.name}-{data}-{shots}-seed{config.data.seed}"

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from vpt.training.epochs import Record
 from vpt.training.features import predict_cached
 from vpt.training.fit import find_loss
 from vpt.training.setup import attach, training_loader
+from vpt.training.start import start
 
 NOTICE = "Not for clinical use."  # with every result of medical data
 
@@ -64,6 +65,8 @@ class Prepared:
     setting: RunConfig
     model: Method
     candidates: Sequence[Candidate] = ()
+    # `init_from`: what the method started from
+    started: dict[str, Any] = field(default_factory=dict)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -76,6 +79,7 @@ class Prepared:
             "split_hash": self.split.hash,
             "config_hash": self.config.hash,
             "precision": self.config.train.precision,
+            **self.started,
         }
 
     def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -116,8 +120,10 @@ def run(
     Raises:
         InputError: bad input, or a folder that holds another run.
     """
+    if config.tasks:
+        raise InputError("tasks: several data sets at once are for vpt train, vpt.multitask.run")
     folder = RunFolder(config.out or default_folder(config))
-    result = _finished(folder, config, resume)
+    result = finished(folder, config, resume)
     if not result:
         prepared = prepare(config, log)
         if config.auto is not None:
@@ -128,8 +134,12 @@ def run(
     return result
 
 
-def prepare(config: RunConfig, log: Log = print) -> Prepared:
+def prepare(
+    config: RunConfig, log: Log = print, backbone: backbones.Backbone | None = None
+) -> Prepared:
     """Read and check all that a run needs, and attach the method; writes nothing.
+
+    `backbone` is the configuration's, where another run has loaded it.
 
     Raises:
         InputError: anything that is wrong with the input.
@@ -149,7 +159,9 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
-    backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
+    backbone = backbones.adapt(
+        backbone or backbones.load(config.backbone.name, config.backbone.checkpoint)
+    )
     backbone.exact_tokens = config.engine.exact_tokens
     backbone.checkpointing = config.engine.checkpointing
     backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
@@ -162,7 +174,13 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
         find_loss(config.train.loss, model)
         tunable = num_tunable(model)
         log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
-    return Prepared(config, folder, source, split, calibration, duplicates, backbone, config, model)
+    elif config.init_from:
+        raise InputError("init_from: auto chooses the method first: drop it, or name a method")
+    started = {"init_from": start(model, config, split.train, log)} if config.init_from else {}
+    prepared = Prepared(
+        config, folder, source, split, calibration, duplicates, backbone, config, model
+    )
+    return replace(prepared, started=started)
 
 
 def check_method(config: RunConfig) -> None:
@@ -226,7 +244,7 @@ def _open_folder(prepared: Prepared) -> None:
         write_atomically(prepared.folder.config, to_yaml(prepared.config).encode())
         if prepared.duplicates:
             pairs = [pair._asdict() for pair in prepared.duplicates]
-            write_atomically(prepared.folder.duplicates, _lines(pairs))
+            write_atomically(prepared.folder.duplicates, json_lines(pairs))
 
 
 def test(prepared: Prepared, log: Log = print) -> Tested:
@@ -263,6 +281,7 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
         "stored_parameters": sum(p.numel() for n, p in model.named_parameters() if n in kept),
         "trained": "loss" in history[-1],  # False: fitted at once, or left as it starts
         "train_seconds": sum(record["seconds"] for record in [*history, *tried.values()]),
+        **prepared.started,
         "method": config.method.name,
         "backbone": config.backbone.name,
         "fingerprint": model.backbone.fingerprint()[:16],
@@ -302,10 +321,11 @@ def num_tunable(model: Method) -> int:
 
 def _keep(prepared: Prepared, history: list[Record], **details: Any) -> None:
     artifact.save(prepared.model, prepared.folder.prompt, **prepared.details, **details)
-    write_atomically(prepared.folder.metrics, _lines(history))
+    write_atomically(prepared.folder.metrics, json_lines(history))
 
 
-def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+def json_lines(records: Sequence[dict[str, Any]]) -> bytes:
+    """A JSON record a line."""
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
@@ -390,7 +410,7 @@ def _check_same_split(folder: RunFolder, split: Split) -> None:
             )
 
 
-def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+def finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
@@ -405,4 +425,7 @@ def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, A
             f"{folder.path}: holds a run with other settings ({before.hash}, not {config.hash}): "
             "give another out=DIR"
         )
+    begun = folder.prompt.is_file() and artifact.read_metadata(folder.prompt)
+    if config.init_from and begun and begun["config_hash"] != config.hash:  # by content
+        raise InputError(f"{folder.path}: init_from was another artefact: give another out=DIR")
     return json.loads(folder.result.read_text()) if folder.result.is_file() else None

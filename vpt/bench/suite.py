@@ -87,7 +87,7 @@ def run_cells(todo: Sequence[Cell], engine: Engine) -> Iterator[Outcome]:
     with the reason of the first.
     """
     failures = {}
-    for config, failure in _run_all([c for cell in todo for c in cell.candidates], engine):
+    for config, failure in run_all([c for cell in todo for c in cell.candidates], engine):
         failures[config.out] = failure
         yield config, failure
     finals = []
@@ -100,7 +100,7 @@ def run_cells(todo: Sequence[Cell], engine: Engine) -> Iterator[Outcome]:
         else:
             setting = min(done, key=_rank)[0] if done else cell.settings[0]
             finals += cell.finals(setting)
-    yield from _run_all(finals, engine)
+    yield from run_all(finals, engine)
 
 
 def attempt(config: RunConfig) -> str | None:
@@ -121,7 +121,8 @@ def attempt(config: RunConfig) -> str | None:
     return None
 
 
-def _run_all(configs: Sequence[RunConfig], engine: Engine) -> Iterator[Outcome]:
+def run_all(configs: Sequence[RunConfig], engine: Engine) -> Iterator[Outcome]:
+    """Do the runs that are not finished; gives each outcome as soon as it is known."""
     waiting = []
     for config in configs:
         folder = RunFolder(config.out)
@@ -144,9 +145,10 @@ def _rank(tried: tuple[RunConfig, RunConfig]) -> tuple[float, float]:
 def _setting(
     suite: SuiteConfig, method: str, data: str, shots: int | None, point: dict[str, Any]
 ) -> RunConfig:
+    checkpoint = absolute(suite.backbone.checkpoint)
     config = compose(
         method,
-        {"backbone": {"name": suite.backbone.name, "checkpoint": _checkpoint(suite)}},
+        {"backbone": {"name": suite.backbone.name, "checkpoint": checkpoint}},
         {"engine": suite.engine.model_dump(mode="json", exclude_unset=True)},
         suite.settings.get(method, {}),
         suite.settings.get(f"{method}/{data}", {}),
@@ -174,9 +176,9 @@ def _root(suite: SuiteConfig, data: str) -> str | None:
     return str(suite.root.expanduser().absolute() / suite.path.format(data))
 
 
-def _checkpoint(suite: SuiteConfig) -> str | None:
-    checkpoint = suite.backbone.checkpoint
-    is_file = checkpoint is not None and Path(checkpoint).is_file()  # else a hub's tag
+def absolute(checkpoint: str | None) -> str | None:
+    """A checkpoint as a process elsewhere finds it: a file's whole path, or a hub's tag."""
+    is_file = checkpoint is not None and Path(checkpoint).is_file()
     return str(Path(checkpoint).absolute()) if is_file else checkpoint
 
 

@@ -27,11 +27,17 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
 ) -> None:
-    """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES."""
+    """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES.
+
+    Or to several data sets at once: vpt train multitask tasks.NAME.root=IMAGES
+    """
+    from vpt import multitask
     from vpt.config import load_run
     from vpt.run import run
 
-    _print_metrics(run(load_run(config, overrides or []), resume=resume, log=say))
+    loaded = load_run(config, overrides or [])
+    do = multitask.run if loaded.tasks else run
+    _print_metrics(do(loaded, resume=resume, log=say))
 
 
 @app.command(name="eval")

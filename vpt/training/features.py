@@ -195,7 +195,7 @@ def image_features(model: Method, batches: Batches, accelerator: Accelerator) ->
     parts = []
     for batch in batches.prepared(accelerator):
         with accelerator.autocast():
-            features = model.features(batch.inputs)
+            features = model.batch_features(batch)
         whole = (features.float(), batch.labels, batch.columns)
         parts.append(accelerator.gather_for_metrics(whole))
     features, labels, columns = zip(*parts, strict=True)
