@@ -21,6 +21,7 @@ from vpt.resources import package_version
 from vpt.targets import Target
 
 FORMAT = 1
+HEAD = ("head.", "penalties")  # beginnings of what a linear read-out has of its classes
 TOLERANCE = 5e-3  # of a backbone's features, relative: TF32 is within, quick GELU for GELU is not
 
 
@@ -119,6 +120,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     method: type[methods.Method] | None = None,
     target: type[Target] | Target | None = None,
+    templates: Sequence[str] | None = None,
 ) -> methods.Method:
     """The prompted model of an artefact, in eval mode; its metadata is `model.metadata`.
 
@@ -131,6 +133,7 @@ def load(
         method: the class, where it was attached with one from outside this package: nothing is
             imported because an artefact names it.
         target: the same of the labels' kind.
+        templates: in place of its own, of a method whose class texts are hand-written.
 
     Raises:
         InputError: as `read`; another backbone than the one it was trained on; one that the
@@ -140,6 +143,8 @@ def load(
     tensors, metadata = read(path)
     kinds = find_kinds(path, metadata, method, target)
     adapted = _backbone(path, metadata, backbone)
+    if templates is not None and "templates" in metadata["options"]:
+        metadata["options"]["templates"] = list(templates)
     return build(path, tensors, metadata, adapted, *kinds, class_names, tokenizer)
 
 
@@ -182,6 +187,48 @@ def build(
     model.load_state_dict(tensors, strict=False)
     model.metadata = metadata
     return model.eval()
+
+
+def start_from(model: methods.Method, path: str | Path) -> dict[str, Any]:
+    """Give `model` all that an artefact of its method learned, but for the head; its metadata.
+
+    Its classes may be others. Nothing is changed where it is refused.
+
+    Raises:
+        InputError: as `read`; another method, backbone or shapes; a method that learns nothing
+            beside a head, or whose prompts belong to classes, where these are others.
+    """
+    tensors, metadata = read(path)
+    if metadata["method"] != model.name:
+        raise InputError(
+            f"{path}: {metadata['method']} learned it, so it is no start for {model.name}: give an "
+            f"artefact of {model.name}"
+        )
+    check_weights(path, metadata, model.backbone)
+    check_answer(path, metadata, model.backbone)
+    own = {n: p for n, p in model.tunable_parameters().items() if not n.startswith(HEAD)}
+    if model.solved or not own:
+        raise InputError(f"{path}: {model.name} learns nothing beside a head: train it alone")
+    of_classes = not (model.takes_names or hasattr(model, "head"))
+    if of_classes and metadata["class_names"] != model.class_names:
+        raise InputError(
+            f"{path}: what {model.name} learned belongs to its own classes: train it on these alone"
+        )
+    known = own.keys() | model.artifact_tensors().keys()
+    given = {n: t.shape for n, t in tensors.items() if n in own or n not in known}
+    given = {name: shape for name, shape in given.items() if not name.startswith(HEAD)}
+    wanted = {name: parameter.shape for name, parameter in own.items()}
+    for name in sorted(given.keys() | wanted.keys()):
+        theirs, ours = (tuple(of.get(name) or ()) or "none" for of in (given, wanted))
+        if theirs != ours:
+            raise InputError(
+                f"{path}: its {name}: {theirs}, but {ours} here: give method its options "
+                f"{json.dumps(metadata['options'])}"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    return metadata
 
 
 def _backbone(path: str | Path, metadata: dict[str, Any], backbone: nn.Module | None) -> Backbone:

@@ -1,9 +1,10 @@
 """One run: a configuration in, a folder with the artefact and its metrics out, in four stages."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,35 +13,47 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from vpt import artifact, backbones, methods
+from vpt import artifact, auto, backbones, methods
 from vpt.accelerator import processes
+from vpt.auto import Candidate
+from vpt.backbones import Backbone
 from vpt.config import DataConfig, DecisionConfig, RunConfig, load_run, to_yaml
 from vpt.data.duplicates import Duplicate, find_duplicates
 from vpt.data.fewshot import Split, split_data
-from vpt.data.loaders import make_loader
 from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
 from vpt.data.survey import Survey, check_images
 from vpt.errors import InputError
 from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_metrics
-from vpt.evaluation.evaluate import confusion, predict, test_loader
+from vpt.evaluation.evaluate import confusion, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
 from vpt.methods import Method
+from vpt.new_classes import check_tests, run_tests
 from vpt.progress import Log
 from vpt.resources import package_version
 from vpt.training import fit as training
 from vpt.training.epochs import Record
 from vpt.training.features import predict_cached
 from vpt.training.fit import find_loss
+from vpt.training.setup import attach, training_loader
+from vpt.training.start import start
 
 NOTICE = "Not for clinical use."  # with every result of medical data
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Result of `prepare`: what it read and checked, and the model to train."""
+    """Result of `prepare`: what it read and checked, and the model to train.
+
+    Of an auto run `model` is the first candidate's until one is chosen.
+
+    Attributes:
+        config: of the run.
+        setting: of the method that trains: `config`, or the candidate's.
+        candidates: of an auto run, as they were tried.
+    """
 
     config: RunConfig
     folder: RunFolder
@@ -48,7 +61,12 @@ class Prepared:
     split: Split
     calibration: Samples | None
     duplicates: list[Duplicate]
+    backbone: Backbone
+    setting: RunConfig
     model: Method
+    candidates: Sequence[Candidate] = ()
+    # `init_from`: what the method started from
+    started: dict[str, Any] = field(default_factory=dict)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -61,16 +79,14 @@ class Prepared:
             "split_hash": self.split.hash,
             "config_hash": self.config.hash,
             "precision": self.config.train.precision,
+            **self.started,
         }
 
     def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and labels of `samples`."""
         precision, folder = self.config.train.precision, self.config.engine.feature_cache
         loader = test_loader(self.model, samples, self.config.data.workers)
-        if folder and self.model.frozen_features:
-            logits, labels = predict_cached(self.model, loader, precision, folder)
-        else:
-            logits, labels = predict(self.model, loader, precision)
+        logits, labels = predict_cached(self.model, loader, precision, folder)
         if not logits.isfinite().all():  # the very last step may be what breaks the prompt
             raise InputError(f"the logits of {self.folder.prompt} are not finite: lower train.lr")
         return logits, labels
@@ -104,16 +120,26 @@ def run(
     Raises:
         InputError: bad input, or a folder that holds another run.
     """
+    if config.tasks:
+        raise InputError("tasks: several data sets at once are for vpt train, vpt.multitask.run")
     folder = RunFolder(config.out or default_folder(config))
-    if finished := _finished(folder, config, resume):
-        return finished
-    prepared = prepare(config, log)
-    history = fit(prepared, log, progress)
-    return write(prepared, history, test(prepared, log))
+    result = finished(folder, config, resume)
+    if not result:
+        prepared = prepare(config, log)
+        if config.auto is not None:
+            prepared = choose(prepared, log, progress)
+        history = fit(prepared, log, progress)
+        result = write(prepared, history, test(prepared, log))
+    run_tests(config, folder, result["accuracy"], log)
+    return result
 
 
-def prepare(config: RunConfig, log: Log = print) -> Prepared:
+def prepare(
+    config: RunConfig, log: Log = print, backbone: backbones.Backbone | None = None
+) -> Prepared:
     """Read and check all that a run needs, and attach the method; writes nothing.
+
+    `backbone` is the configuration's, where another run has loaded it.
 
     Raises:
         InputError: anything that is wrong with the input.
@@ -121,10 +147,11 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
     folder = RunFolder(config.out or default_folder(config))
     source = open_source(config.data)
     split = split_data(source, config.data)
+    source = source.half(config.data.class_half)
     _check_same_split(folder, split)
     survey = check_split_images(split)
     calibration = _calibration(config, source, split)
-    methods.check_options(config.method.name, config.method.options)
+    check_method(config)
     for line in [describe(source, split, config.data), *source.notes, *split.notes]:
         log(f"data: {line}")
     grey = _grey_range(survey, split, log)
@@ -132,23 +159,52 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
-    backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
+    backbone = backbones.adapt(
+        backbone or backbones.load(config.backbone.name, config.backbone.checkpoint)
+    )
     backbone.exact_tokens = config.engine.exact_tokens
     backbone.checkpointing = config.engine.checkpointing
     backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
     if not backbone.knows_rows:
         log(f"{config.backbone.name}: blocks of an unknown type, so prompts run as tokens")
-    model = methods.attach(
-        backbone,
-        config.method.name,
-        class_names=source.class_names,
-        target=source.target,
-        **method_options(config, source),
+    setting = config if config.auto is None else auto.settings(config, backbone)[0]
+    model = attach(backbone, source, setting)
+    check_tests(config, model)
+    if config.auto is None:
+        find_loss(config.train.loss, model)
+        tunable = num_tunable(model)
+        log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+    elif config.init_from:
+        raise InputError("init_from: auto chooses the method first: drop it, or name a method")
+    started = {"init_from": start(model, config, split.train, log)} if config.init_from else {}
+    prepared = Prepared(
+        config, folder, source, split, calibration, duplicates, backbone, config, model
     )
-    find_loss(config.train.loss, model)
-    tunable = num_tunable(model)
-    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
-    return Prepared(config, folder, source, split, calibration, duplicates, model)
+    return replace(prepared, started=started)
+
+
+def check_method(config: RunConfig) -> None:
+    """Refuse an unknown method or candidate, and unknown options."""
+    for setting in [config] if config.auto is None else auto.settings(config):
+        methods.check_options(setting.method.name, setting.method.options)
+
+
+def choose(prepared: Prepared, log: Log = print, progress: bool = True) -> Prepared:
+    """The chosen candidate of an auto run in the place of the first; see `Comparison.choose`.
+
+    Raises:
+        InputError: no candidate can be trained.
+    """
+    config, folder, backbone = prepared.config, prepared.folder, prepared.backbone
+    _open_folder(prepared)
+    comparison = auto.Comparison(backbone, prepared.source, prepared.split, folder, progress)
+    settings = auto.settings(config, backbone, len(prepared.split.train))
+    chosen, tried = comparison.choose(settings, config.auto.minutes, log)
+    cache = {"feature_cache": config.engine.feature_cache or folder.features}
+    engine = config.engine.model_copy(update=cache)
+    setting = chosen.setting.model_copy(update={"engine": engine})
+    model = attach(backbone, prepared.source, setting)
+    return replace(prepared, setting=setting, model=model, candidates=tried)
 
 
 def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
@@ -157,23 +213,10 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
     Raises:
         InputError: as `vpt.fit`; says which prompt is kept.
     """
-    config, folder, model = prepared.config, prepared.folder, prepared.model
-    split, source = prepared.split, prepared.source
-    processes().wait_for_everyone()  # all have seen whether the folder held a run
-    if processes().is_main_process:
-        write_atomically(folder.config, to_yaml(config).encode())
-        if prepared.duplicates:
-            pairs = [pair._asdict() for pair in prepared.duplicates]
-            write_atomically(folder.duplicates, _lines(pairs))
-    train = make_loader(
-        split.train,
-        model.backbone.preprocess,
-        config.train.batch_size,
-        train=True,
-        augment="none" if model.solved else source.augment,
-        seed=config.train.seed,
-        workers=config.data.workers,
-    )
+    config, folder, model = prepared.setting, prepared.folder, prepared.model
+    split = prepared.split
+    _open_folder(prepared)
+    train = training_loader(model, prepared.source, split, config)
     begin = time.perf_counter()
     try:
         history = training.fit(
@@ -192,6 +235,16 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
         raise InputError(f"{error}{kept if folder.prompt.is_file() else ''}") from None
     log(f"trained in {time.perf_counter() - begin:.0f} s; testing on {len(split.test)} images")
     return history
+
+
+def _open_folder(prepared: Prepared) -> None:
+    """Write what says whose the folder is."""
+    processes().wait_for_everyone()  # all have seen whether the folder held a run
+    if processes().is_main_process:
+        write_atomically(prepared.folder.config, to_yaml(prepared.config).encode())
+        if prepared.duplicates:
+            pairs = [pair._asdict() for pair in prepared.duplicates]
+            write_atomically(prepared.folder.duplicates, json_lines(pairs))
 
 
 def test(prepared: Prepared, log: Log = print) -> Tested:
@@ -217,16 +270,19 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
     """Write the artefact and the files of a finished run; returns the contents of result.json."""
     config, folder, model = prepared.config, prepared.folder, prepared.model
     source, split, kept = prepared.source, prepared.split, model.artifact_tensors()
+    tried = {candidate.name: candidate.record for candidate in prepared.candidates}
     result = {
         **tested.metrics,
         **tested.intervals,
+        **({"chosen": model.name, "candidates": tried} if tried else {}),
         **({"notice": NOTICE} if source.medical else {}),
         "tunable_parameters": num_tunable(model),
         # of the artefact, whether a step trains them or not
         "stored_parameters": sum(p.numel() for n, p in model.named_parameters() if n in kept),
         "trained": "loss" in history[-1],  # False: fitted at once, or left as it starts
-        "train_seconds": sum(record["seconds"] for record in history),
-        "method": model.name,
+        "train_seconds": sum(record["seconds"] for record in [*history, *tried.values()]),
+        **prepared.started,
+        "method": config.method.name,
         "backbone": config.backbone.name,
         "fingerprint": model.backbone.fingerprint()[:16],
         "data": source.name,
@@ -253,6 +309,8 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
         note = NOTICE if source.medical else ""
         draw_confusion(matrix, source.class_names, folder.confusion, note)
     folder.checkpoint.unlink(missing_ok=True)
+    folder.candidates.unlink(missing_ok=True)
+    shutil.rmtree(folder.features, ignore_errors=True)
     return result
 
 
@@ -263,19 +321,12 @@ def num_tunable(model: Method) -> int:
 
 def _keep(prepared: Prepared, history: list[Record], **details: Any) -> None:
     artifact.save(prepared.model, prepared.folder.prompt, **prepared.details, **details)
-    write_atomically(prepared.folder.metrics, _lines(history))
+    write_atomically(prepared.folder.metrics, json_lines(history))
 
 
-def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+def json_lines(records: Sequence[dict[str, Any]]) -> bytes:
+    """A JSON record a line."""
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
-
-
-def method_options(config: RunConfig, source: Source) -> dict[str, Any]:
-    """The method's options; templates, where it takes them, are the data's unless given."""
-    options = config.method.options
-    if "templates" in methods.find(config.method.name).Options.model_fields:
-        options = {"templates": source.templates, **options}
-    return options
 
 
 def check_split_images(split: Split) -> Survey:
@@ -359,7 +410,7 @@ def _check_same_split(folder: RunFolder, split: Split) -> None:
             )
 
 
-def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+def finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
@@ -374,4 +425,7 @@ def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, A
             f"{folder.path}: holds a run with other settings ({before.hash}, not {config.hash}): "
             "give another out=DIR"
         )
+    begun = folder.prompt.is_file() and artifact.read_metadata(folder.prompt)
+    if config.init_from and begun and begun["config_hash"] != config.hash:  # by content
+        raise InputError(f"{folder.path}: init_from was another artefact: give another out=DIR")
     return json.loads(folder.result.read_text()) if folder.result.is_file() else None

@@ -171,7 +171,10 @@ def _kinds_at(model: type[BaseModel], keys: list[str]) -> list[Any]:
     for key in keys:
         sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
         fields = sections[0].model_fields if sections else {}
-        kinds = _kinds(fields[key].annotation) if key in fields else []
+        values = [k for kind in kinds if get_origin(kind) is dict for k in get_args(kind)[1:]]
+        kinds = [k for kind in values for k in _kinds(kind)]
+        if key in fields:
+            kinds = _kinds(fields[key].annotation)
     return kinds
 
 

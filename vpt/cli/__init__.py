@@ -9,6 +9,7 @@ from vpt.errors import InputError
 for room in (
     "training",
     "benchmarks",
+    "transfer",
     "artefacts",
     "sharing",
     "serving",
