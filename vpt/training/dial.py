@@ -20,7 +20,7 @@ from vpt.training.epochs import with_epochs
 from vpt.training.side_by_side import SideBySide
 from vpt.training.training_set import TrainingSet
 
-FACTORS = (0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.25, 0.5, 1.0, 1.5)
 FLIPS = 10_000  # draws of what chance alone gives
 
 
