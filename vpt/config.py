@@ -22,6 +22,7 @@ from vpt.errors import InputError, nearest
 from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
 
 Model = TypeVar("Model", bound=BaseModel)
+Run = TypeVar("Run", bound="RunConfig")
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Sampling = Literal["balanced", "natural"]
@@ -194,7 +195,7 @@ class RunConfig(Strict):
     def hash(self) -> str:
         """Names the run: changes with every setting that can change its result."""
         without = {"data": {"workers", "duplicates"}, "engine": {"feature_cache"}}
-        exclude: dict[str, Any] = {"out": True, "expected": True, **without}
+        exclude: dict[str, Any] = {"out": True, "expected": True, "published": True, **without}
         settings = self.model_dump(mode="json", exclude=exclude)
         changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
         counted = {}
@@ -247,8 +248,13 @@ class SuiteConfig(Strict):
     published: dict[str, list[Published]] = {}  # group of data sets: its means
 
 
-def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run configuration `config`, a path or a name under configs/run, with `key=value`s.
+def load_run(
+    config: str,
+    overrides: Sequence[str] = (),
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+    folder: str = "configs/run",
+) -> Run:
+    """The run configuration `config`, a path or a name under `folder`, with `key=value`s.
 
     The method's own recipe comes first, from configs/method or, with `recipe=paper`, configs/paper;
     then the file, then the overrides. An override of `method.name` drops what the file says for the
@@ -257,9 +263,9 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: no such file, not YAML, an unknown key or a value out of its range.
     """
-    path = _find("configs/run", config)
+    path = _find(folder, config)
     file = read_yaml(path)
-    changes = changes_of(RunConfig, overrides)
+    changes = changes_of(kind, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
         for section in ("recipe", "method", "train", "expected"):
@@ -267,17 +273,22 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     method = named if chosen is None else chosen
     if not method or not isinstance(method, str):
         raise InputError(f"{path}: method.name is missing: give method.name=NAME")
-    return compose(method, file, changes, where=config)
+    return compose(method, file, changes, where=config, kind=kind)
 
 
-def compose(method: str, *settings: Any, where: str) -> RunConfig:
+def compose(
+    method: str,
+    *settings: Any,
+    where: str,
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+) -> Run:
     """The recipe of `method` with each of `settings` put over it.
 
     Raises:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
     chosen = merge({}, *settings)
-    return validate(RunConfig, merge(_recipe(method, chosen.get("recipe")), chosen), where)
+    return validate(kind, merge(_recipe(method, chosen.get("recipe")), chosen), where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vpt import artifact, backbones, methods
 from vpt.accelerator import processes
+from vpt.backbones.base import Backbone
 from vpt.config import DataConfig, DecisionConfig, RunConfig, load_run, to_yaml
 from vpt.data.duplicates import Duplicate, find_duplicates
 from vpt.data.fewshot import Split, split_data
@@ -27,6 +28,7 @@ from vpt.evaluation.evaluate import confusion, predict, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
+from vpt.losses import Loss
 from vpt.methods import Method
 from vpt.progress import Log
 from vpt.resources import package_version
@@ -49,6 +51,7 @@ class Prepared:
     calibration: Samples | None
     duplicates: list[Duplicate]
     model: Method
+    loss: type[Loss] | None = None  # instead of the configuration's
 
     @property
     def details(self) -> dict[str, Any]:
@@ -105,22 +108,25 @@ def run(
         InputError: bad input, or a folder that holds another run.
     """
     folder = RunFolder(config.out or default_folder(config))
-    if finished := _finished(folder, config, resume):
-        return finished
+    if result := finished(folder, config, resume):
+        return result
     prepared = prepare(config, log)
     history = fit(prepared, log, progress)
     return write(prepared, history, test(prepared, log))
 
 
-def prepare(config: RunConfig, log: Log = print) -> Prepared:
+def prepare(
+    config: RunConfig, log: Log = print, data: tuple[Source, Split] | None = None
+) -> Prepared:
     """Read and check all that a run needs, and attach the method; writes nothing.
+
+    `data` is what was read already; None: what `config.data` means.
 
     Raises:
         InputError: anything that is wrong with the input.
     """
     folder = RunFolder(config.out or default_folder(config))
-    source = open_source(config.data)
-    split = split_data(source, config.data)
+    source, split = data or _read(config.data)
     _check_same_split(folder, split)
     survey = check_split_images(split)
     calibration = _calibration(config, source, split)
@@ -138,17 +144,26 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
     backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
     if not backbone.knows_rows:
         log(f"{config.backbone.name}: blocks of an unknown type, so prompts run as tokens")
-    model = methods.attach(
+    model = attach(config, source, backbone)
+    find_loss(config.train.loss, model)
+    tunable = num_tunable(model)
+    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+    return Prepared(config, folder, source, split, calibration, duplicates, model)
+
+
+def attach(config: RunConfig, source: Source, backbone: Backbone) -> Method:
+    """The method that `config` means, for the classes of `source`.
+
+    Raises:
+        InputError: as `vpt.attach`.
+    """
+    return methods.attach(
         backbone,
         config.method.name,
         class_names=source.class_names,
         target=source.target,
         **method_options(config, source),
     )
-    find_loss(config.train.loss, model)
-    tunable = num_tunable(model)
-    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
-    return Prepared(config, folder, source, split, calibration, duplicates, model)
 
 
 def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
@@ -181,6 +196,7 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
             train,
             split.val and test_loader(model, split.val, config.data.workers),
             config.train,
+            loss=prepared.loss,
             checkpoint=folder.checkpoint,
             on_epoch=partial(_keep, prepared),
             engine=config.engine,
@@ -254,6 +270,11 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
         draw_confusion(matrix, source.class_names, folder.confusion, note)
     folder.checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _read(data: DataConfig) -> tuple[Source, Split]:
+    source = open_source(data)
+    return source, split_data(source, data)
 
 
 def num_tunable(model: Method) -> int:
@@ -359,11 +380,16 @@ def _check_same_split(folder: RunFolder, split: Split) -> None:
             )
 
 
-def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+def finished(
+    folder: RunFolder,
+    config: RunConfig,
+    resume: bool,
+    load: Callable[[str], RunConfig] = load_run,
+) -> dict[str, Any] | None:
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
-    before = load_run(str(folder.config))
+    before = load(str(folder.config))
     if not resume:
         state = "finished" if folder.result.is_file() else "interrupted"
         raise InputError(
