@@ -1,4 +1,4 @@
-"""Linear head by gradient steps on frozen features: what a prompt of the same recipe has to beat."""
+"""Linear head by gradient steps on frozen features, which prompts trained alike have to beat."""
 
 from typing import Literal
 
