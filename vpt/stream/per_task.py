@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ class PerTask(Learner):
             places = (found == index).nonzero()[:, 0]
             if len(places):
                 own = replace(prepared, model=self.models[index])
-                answer = own.outputs(test.take(places.numpy()))[0].argmax(1)
+                unlabelled = replace(test.take(places.numpy()), labels=np.zeros(len(places), int))
+                answer = own.outputs(unlabelled)[0].argmax(1)
                 predicted[places] = torch.tensor(task.classes)[answer]
             right_task += [index] * len(task.test)
         truth = torch.from_numpy(test.labels)

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vpt.config import MethodConfig, to_yaml
 from vpt.files import write_atomically
 from vpt.folder import RunFolder
-from vpt.methods import find
 from vpt.progress import Log
 from vpt.run import NOTICE, Prepared, finished, prepare
 from vpt.stream.config import StreamConfig, load_stream
@@ -75,7 +76,10 @@ def _control(
     root: Path, config: StreamConfig, whole: Prepared, tasks: list[Task], progress: bool
 ) -> Learner | None:
     """The same without prompts: the head alone, fitted in the same way; None if there are none."""
-    if not find(config.method.name).overrides("image_prompts"):
+    backbone = whole.model.backbone
+    size = backbone.preprocess.image_size
+    blank = torch.zeros(1, backbone.preprocess.channels, size, size, device=backbone.device)
+    if whole.model.image_prompts(blank) is None:
         return None
     solved = config.method.options.get("head", "random") != "random" or whole.model.solved
     method = MethodConfig(name="linear_probe" if solved else "linear_head")
