@@ -136,6 +136,17 @@ def test_only_new_images_are_computed(tmp_path):
     assert len(safetensors.torch.load_file(path)["names"]) == 9
 
 
+def test_many_new_images_are_all_computed(tmp_path):
+    """More than a batch, of a set whose own last batch is smaller."""
+    labels = np.arange(125) % len(NAMES)
+    some = samples(labels[:60])
+    all_of_them = samples(labels)
+    all_of_them.images[:60] = some.images
+    fit("linear_probe", {}, data=some, folder=tmp_path)
+    once, again = (fit("linear_probe", {}, data=all_of_them, folder=f) for f in (tmp_path, None))
+    assert torch.equal(once[1]["head.weight"], again[1]["head.weight"])
+
+
 @pytest.mark.parametrize("broken", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-1] + b"\x7f"])
 def test_a_broken_file_is_made_again(tmp_path, broken):
     first = fit(folder=tmp_path)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from vpt.backbones.base import Backbone, Prompts
 from vpt.backbones.text import Tokenizer
+from vpt.errors import InputError
 from vpt.methods._query import QueryOptions, QueryPrompts, as_rows, num_heads
 from vpt.methods._tokens import check_layers
 
@@ -60,9 +61,17 @@ class CODAPrompt(QueryPrompts):
         self.begin_task(0, 1)
 
     def begin_task(self, task: int, count: int) -> None:
-        """Draw the task's components, orthogonal to those before."""
+        """Draw the task's components, orthogonal to those before.
+
+        Raises:
+            InputError: fewer components than tasks.
+        """
         super().begin_task(task, count)
         share = self.options.components // count
+        if not share:
+            raise InputError(
+                f"method.components={self.options.components}: {count} tasks need one each"
+            )
         self.begin, self.end = task * share, (task + 1) * share
         with torch.no_grad():
             for layer in range(len(self.layers)):

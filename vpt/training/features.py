@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from vpt.accelerator import Precision, make_accelerator
 from vpt.artifact import digest
@@ -110,10 +110,10 @@ class FrozenColumns:
 
     @torch.no_grad()
     def _compute(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        # a part, not a sampler: accelerate cuts the last batch by the length of the data set
         loader = DataLoader(
-            self.train.dataset,
+            Subset(self.train.dataset, positions),
             EVAL_BATCH,
-            sampler=positions,
             num_workers=self.train.num_workers,
             collate_fn=self.train.collate_fn,
         )
