@@ -12,6 +12,7 @@ from tiny import images, vpt_cli, write_folder, write_image
 
 import vpt
 import vpt.run
+from vpt import methods, resources
 from vpt.errors import InputError
 from vpt.stream import learner as learning
 from vpt.stream.config import load_stream
@@ -58,6 +59,17 @@ def test_metrics_are_those_of_the_official_code():
     assert forgetting(rows) == pytest.approx(expected["forgetting_standard"], abs=1e-4)
     assert forgetting(rows) != pytest.approx(expected["forgetting_max_includes_last"], abs=0.1)
     assert forgetting([[0.5]]) == 0
+
+
+@pytest.mark.parametrize("name", resources.names("configs/stream"))
+def test_every_stream_config_is_valid(name):
+    config = load_stream(name)
+    methods.check_options(config.method.name, config.method.options)
+    path = resources.find("configs/stream", name)
+    assert path.read_text().startswith("# ")
+    assert load_stream(str(path)) == config
+    other = load_stream(name, ["method.name=class_means"])
+    assert other.stream == config.stream and other.method.options == {}
 
 
 def test_tasks_are_groups_of_classes(folder, tmp_path):

@@ -38,6 +38,8 @@ def stream(
     print(f"seconds a task         {sum(result['seconds']) / len(result['seconds']):.1f}")
     print(f"passes an image        {result['passes']:.2f}")
     print(f"stored images          {result['stored_images']}")
+    for each in result.get("published", []):
+        print(f"published              {each['accuracy']:.4f} {each['method']}, {each['backbone']}")
 
 
 def _print(prefix: str, metrics: dict[str, float]) -> None:

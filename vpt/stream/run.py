@@ -114,6 +114,8 @@ def _result(
         rows = [record["known_task_accuracies"] for record in learner.records]
         result["known_task"] = {"accuracy_matrix": rows, **summary(rows)}
         result["router_accuracy"] = [record["router_accuracy"] for record in learner.records]
+    if config.published:
+        result["published"] = [each.model_dump() for each in config.published]
     return result | {
         "tasks": [task.name for task in learner.tasks],
         "classes": [
