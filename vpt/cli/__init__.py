@@ -11,6 +11,7 @@ for room in (
     "streams",
     "benchmarks",
     "artefacts",
+    "sharing",
     "serving",
     "listing",
 ):  # as --help lists them
