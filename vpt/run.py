@@ -126,7 +126,8 @@ def prepare(
         InputError: anything that is wrong with the input.
     """
     folder = RunFolder(config.out or default_folder(config))
-    source, split = data or _read(config.data)
+    source = data[0] if data else open_source(config.data)
+    split = data[1] if data else split_data(source, config.data)
     _check_same_split(folder, split)
     survey = check_split_images(split)
     calibration = _calibration(config, source, split)
@@ -152,11 +153,7 @@ def prepare(
 
 
 def attach(config: RunConfig, source: Source, backbone: Backbone) -> Method:
-    """The method that `config` means, for the classes of `source`.
-
-    Raises:
-        InputError: as `vpt.attach`.
-    """
+    """The method that `config` means, for the classes of `source`; see `vpt.attach`."""
     return methods.attach(
         backbone,
         config.method.name,
@@ -270,11 +267,6 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
         draw_confusion(matrix, source.class_names, folder.confusion, note)
     folder.checkpoint.unlink(missing_ok=True)
     return result
-
-
-def _read(data: DataConfig) -> tuple[Source, Split]:
-    source = open_source(data)
-    return source, split_data(source, data)
 
 
 def num_tunable(model: Method) -> int:
