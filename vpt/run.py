@@ -148,7 +148,8 @@ def prepare(
     model = attach(config, source, backbone)
     find_loss(config.train.loss, model)
     tunable = num_tunable(model)
-    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+    passes = "" if model.passes == 1 else f", {model.passes:.2f} passes of a test image"
+    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters{passes}")
     return Prepared(config, folder, source, split, calibration, duplicates, model)
 
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from golden_case import Case, assert_close
-from tiny import vit
+from tiny import attach, images, loader, samples, vit
 
 import vpt
+import vpt.artifact
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods._query import cosines
 from vpt.methods.base import Batch
@@ -42,7 +43,7 @@ def test_class_means():
 def ranpac(case, **options):
     options = {"num_features": case.config["config"]["M"], **options}
     model = vpt.attach(vit(**BACKBONE), "ranpac", class_names=names(7), **options)
-    model.projection.copy_(case["input.projection"])
+    model.random_weights.copy_(case["input.projection"])
     return model
 
 
@@ -314,3 +315,35 @@ def test_dual_prompt_with_keys_a_layer():
         for name, expected in stacked(prefix).items():
             assert_close(ours[name], expected, 1e-5)
     assert_close(model.eval()(batch.inputs), case["expected.logits_test_after"], 1e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_first_session_trains_prompts_that_then_stay(gated, tmp_path):
+    backbone = vit()
+    model = attach(backbone, "ranpac", first_session="vpt_deep", num_features=30, gated=gated)
+    assert model.tunable_parameters().keys() == {"head.weight", "head.bias"}
+    start = model.prompts.clone()
+    bare = model.features(images())
+    settings = {"epochs": 3, "lr": 0.05, "schedule": "constant"}
+    first = loader(model, samples([0, 1, 0, 1, 0, 1, 0, 1]))
+    history = vpt.fit(model, first, config=settings)
+    learned = model.prompts.clone()
+    assert not torch.equal(learned, start) and "loss" not in history[-1]
+    assert not torch.allclose(model.features(images()), bare)
+    model.begin_task(1, 2)
+    counts = model.counts.clone()
+    vpt.fit(model, loader(model, samples([2, 2, 2, 2, 1])), config=settings)
+    assert torch.equal(model.prompts, learned)
+    assert (model.counts - counts).tolist() == [0, 1, 4]
+    path = vpt.save(model, tmp_path / "prompt.safetensors")
+    assert torch.equal(vpt.load(path, backbone)(images()), model(images()))
+    assert "gram" not in vpt.artifact.read(path)[0]
+
+
+def test_a_second_fit_of_one_task_starts_anew():
+    for method in ("class_means", "ranpac"):
+        model = attach(vit(), method)
+        data = loader(model, samples([0, 1, 2, 0]))
+        for _ in range(2):
+            vpt.fit(model, data)
+            assert model.counts.tolist() == [2, 1, 1]

@@ -199,6 +199,18 @@ def test_a_changed_stage_is_refused(folder, tmp_path, means):
     assert "\n" not in str(caught.value)
 
 
+def test_a_stage_that_changes_under_way_is_seen(folder, tmp_path, monkeypatch):
+    def meddling(prepared, *rest):
+        if prepared.folder.path.name == "task02":
+            (tmp_path / "task01" / "result.json").write_text("{}")
+        return fit(prepared, *rest)
+
+    fit = learning.fit
+    monkeypatch.setattr(learning, "fit", meddling)
+    with pytest.raises(InputError, match=r"task01/result.json: changed"):
+        learn(folder, tmp_path, "class_means")
+
+
 def test_a_model_a_task(folder, tmp_path):
     result = learn(
         folder, tmp_path, "vpt_deep", "stream.strategy=per_task", *FEW, "train.folds=null"

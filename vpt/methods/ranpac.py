@@ -23,24 +23,25 @@ class Options(TokenOptions):
     """Options of RanPAC, and of the prompts of a first session."""
 
     num_features: PositiveInt = 2000  # random ones; 10,000 in the paper
-    seed: NonNegativeInt = 0  # of the projection, and of which images choose the penalty
+    seed: NonNegativeInt = 0  # of the random weights, and of which images choose the penalty
     # the held-out images that choose the penalty: those of all tasks so far, or of the last alone,
     # as published
     select: Literal["stream", "task"] = "stream"
     # vpt_deep: prompts are trained on the first task, and then stay
     first_session: Literal["none", "vpt_deep"] = "none"
     gated: bool = True
+    project: None = None
 
 
 class RanPAC(Tokens):
-    """`head` (num_features → C), ridge regression on ReLU(features · projection).
+    """`head` (num_features → C), ridge regression on ReLU(features · random_weights).
 
     The sums of a task's images are added to those before, so no image is kept, and with a penalty
     of one's own the order of tasks makes no difference. Sums and their Cholesky factors are in
     float64: for small penalties float32 is rounding noise.
 
     Attributes:
-        projection: (feature_dim, num_features), standard normal, drawn from the seed.
+        random_weights: (feature_dim, num_features), standard normal, drawn from the seed.
         prompts: those of the first session, which nothing trains here; None without one.
         gram: (2, F) with F = M (M + 1) / 2, the upper triangle of the M random features' products,
             of images that are fitted and of those that choose the penalty; empty before `solve`.
@@ -70,8 +71,8 @@ class RanPAC(Tokens):
                 parameter.requires_grad_(False)
         # NumPy never changes these draws
         drawn = np.random.RandomState(options.seed).standard_normal
-        projection = torch.from_numpy(drawn((backbone.feature_dim, options.num_features))).float()
-        self.register_buffer("projection", projection, persistent=False)
+        weights = torch.from_numpy(drawn((backbone.feature_dim, options.num_features))).float()
+        self.register_buffer("random_weights", weights, persistent=False)
         self.head = Head(options.num_features, len(class_names))
         nn.init.zeros_(self.head.weight)  # ridge regression on no image
         self.register_buffer("gram", torch.empty(2, 0, dtype=torch.float64))
@@ -123,7 +124,7 @@ class RanPAC(Tokens):
 
     def _random_features(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return (features.to(self.projection) @ self.projection).relu()
+            return (features.to(self.random_weights) @ self.random_weights).relu()
 
     @torch.no_grad()
     def solve(self, features: Tensor, labels: Tensor) -> None:
@@ -135,7 +136,7 @@ class RanPAC(Tokens):
     @torch.no_grad()
     def take(self, features: Tensor, labels: Tensor) -> None:
         """`solve`, where the first images are fitted and the last choose the penalty."""
-        device = self.projection.device
+        device = self.random_weights.device
         truth = self.target.truth(labels, len(self.class_names)).double().to(device)
         rows = self._random_features(features.to(device)).double()
         fitted = int(FITTED * len(rows)) or len(rows)

@@ -62,8 +62,14 @@ class Learner:
         return self.model.passes
 
     def learn(self, number: int) -> None:
-        """Do stage `number`, unless its files say that it is done."""
+        """Do stage `number`, unless its files say that it is done.
+
+        Raises:
+            InputError: a file of a stage that is done is not as it was left.
+        """
         stage = Stage(self.root, number)
+        for earlier in range(number):
+            Stage(self.root, earlier).read()
         if self.starts_anew:
             self.model = self.attach()
         record = stage.read()
@@ -191,7 +197,8 @@ def among(loss: str, classes: list[int], model: Method) -> type[Loss] | None:
 def tested(prepared: Prepared, logits: Tensor, labels: Tensor) -> Tested:
     """The metrics of a stage's result."""
     target, names = prepared.model.target, prepared.source.class_names
-    intervals = resampled_metrics(target, logits, labels, names, None, None)
+    patients = prepared.split.test.patients
+    intervals = resampled_metrics(target, logits, labels, names, patients, None)
     return Tested(logits, labels, target.metrics(logits, labels), intervals, None)
 
 

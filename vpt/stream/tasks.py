@@ -157,6 +157,6 @@ def join(many: Sequence[Samples]) -> Samples:
 
 
 def remembered(train: Samples, memory: int) -> Samples:
-    """The first `memory` training images of each class: they were drawn at random."""
+    """The first `memory` training images of each class, in the order that they were drawn."""
     places = [np.flatnonzero(train.labels == label)[:memory] for label in np.unique(train.labels)]
     return train.take(np.sort(np.concatenate(places)))
