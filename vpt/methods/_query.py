@@ -34,6 +34,7 @@ class QueryPrompts(LinearReadout):
     """
 
     Options = QueryOptions
+    starts_small = True
 
     def first_layer(self) -> int:
         """The first prompted block."""

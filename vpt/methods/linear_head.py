@@ -16,3 +16,4 @@ class LinearHead(LinearReadout):
 
     Options = Options
     frozen_features = True
+    starts_small = True
