@@ -24,6 +24,7 @@ from vpt.errors import InputError, nearest
 from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
 
 Model = TypeVar("Model", bound=BaseModel)
+Run = TypeVar("Run", bound="RunConfig")
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Task = Annotated[Text, Field(pattern=r"^\w[\w .-]*$")]  # names a file
@@ -228,7 +229,8 @@ class RunConfig(Strict):
         """Names the run: changes with every setting that can change its result."""
         workers = {"workers", "duplicates"}
         without = {"data": workers, "tasks": {"__all__": workers}, "engine": {"feature_cache"}}
-        exclude: dict[str, Any] = {"out": True, "expected": True, "tests": True, **without}
+        exclude: dict[str, Any] = dict.fromkeys(("out", "expected", "tests", "published"), True)
+        exclude |= without
         settings = self.model_dump(mode="json", exclude=exclude)
         changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
         counted: dict[str, Any] = {}
@@ -288,13 +290,13 @@ class SuiteConfig(Strict):
     published: dict[str, list[Published]] = {}  # group of data sets: its means
 
 
-def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run configuration `config`, a path or a name under configs/run, with `key=value`s."""
-    return load_as(RunConfig, "configs/run", config, overrides)
-
-
-def load_as(kind: type[Run], folder: str, config: str, overrides: Sequence[str] = ()) -> Run:
-    """A configuration of a `kind` of run, a path or a name under `folder`, with `key=value`s.
+def load_run(
+    config: str,
+    overrides: Sequence[str] = (),
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+    folder: str = "configs/run",
+) -> Run:
+    """The run configuration `config`, a path or a name under `folder`, with `key=value`s.
 
     The method's own recipe comes first, from configs/method or, with `recipe=paper`, configs/paper;
     then the file, then the overrides. An override of `method.name` drops what the file says for the
@@ -313,27 +315,28 @@ def load_as(kind: type[Run], folder: str, config: str, overrides: Sequence[str] 
     method = named if chosen is None else chosen
     if not method or not isinstance(method, str):
         raise InputError(f"{path}: method.name is missing: give method.name=NAME")
-    return validate(kind, _over_recipe(method, file, changes), where=config)
+    return compose(method, file, changes, where=config, kind=kind)
 
 
-def compose(method: str, *settings: Any, where: str) -> RunConfig:
+def compose(
+    method: str,
+    *settings: Any,
+    where: str,
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+) -> Run:
     """The recipe of `method` with each of `settings` put over it.
 
     Raises:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
-    return validate(RunConfig, _over_recipe(method, *settings), where)
-
-
-def _over_recipe(method: str, *settings: Any) -> dict[str, Any]:
     chosen = merge({}, *settings)
     if method != AUTO and chosen.get("auto") is not None:
-        raise InputError(f"auto.… is of `vpt train auto`, not of {method}: drop it")
+        raise InputError(f"{where}: auto.… is of `vpt train auto`, not of {method}: drop it")
     if method == AUTO:
         recipe = read_yaml(resources.find("configs/run", AUTO))
     else:
         recipe = _recipe(method, chosen.get("recipe"))
-    return merge(recipe, chosen)
+    return validate(kind, merge(recipe, chosen), where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from vpt.evaluation.evaluate import confusion, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
+from vpt.losses import Loss
 from vpt.methods import Method
 from vpt.new_classes import check_tests, run_tests
 from vpt.progress import Log
@@ -67,6 +68,7 @@ class Prepared:
     candidates: Sequence[Candidate] = ()
     # `init_from`: what the method started from
     started: dict[str, Any] = field(default_factory=dict)
+    loss: type[Loss] | None = None  # instead of the configuration's
 
     @property
     def details(self) -> dict[str, Any]:
@@ -135,18 +137,25 @@ def run(
 
 
 def prepare(
-    config: RunConfig, log: Log = print, backbone: backbones.Backbone | None = None
+    config: RunConfig,
+    log: Log = print,
+    backbone: Backbone | None = None,
+    data: tuple[Source, Split] | None = None,
 ) -> Prepared:
     """Read and check all that a run needs, and attach the method; writes nothing.
 
-    `backbone` is the configuration's, where another run has loaded it.
+    Args:
+        config: of the run.
+        log: takes lines for the user.
+        backbone: the configuration's, where another run has loaded it.
+        data: what was read already; None: what `config.data` means.
 
     Raises:
         InputError: anything that is wrong with the input.
     """
     folder = RunFolder(config.out or default_folder(config))
-    source = open_source(config.data)
-    split = split_data(source, config.data)
+    source = data[0] if data else open_source(config.data)
+    split = data[1] if data else split_data(source, config.data)
     source = source.half(config.data.class_half)
     _check_same_split(folder, split)
     survey = check_split_images(split)
@@ -173,7 +182,9 @@ def prepare(
     if config.auto is None:
         find_loss(config.train.loss, model)
         tunable = num_tunable(model)
-        log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+        passes = "" if model.passes == 1 else f", {model.passes:.2f} passes of a test image"
+        tunable_text = f"{tunable:,} tunable parameters{passes}"
+        log(f"method: {model.name} on {config.backbone.name}, {tunable_text}")
     elif config.init_from:
         raise InputError("init_from: auto chooses the method first: drop it, or name a method")
     started = {"init_from": start(model, config, split.train, log)} if config.init_from else {}
@@ -224,6 +235,7 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
             train,
             split.val and test_loader(model, split.val, config.data.workers),
             config.train,
+            loss=prepared.loss,
             checkpoint=folder.checkpoint,
             on_epoch=partial(_keep, prepared),
             engine=config.engine,
@@ -410,11 +422,16 @@ def _check_same_split(folder: RunFolder, split: Split) -> None:
             )
 
 
-def finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+def finished(
+    folder: RunFolder,
+    config: RunConfig,
+    resume: bool,
+    load: Callable[[str], RunConfig] = load_run,
+) -> dict[str, Any] | None:
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
-    before = load_run(str(folder.config))
+    before = load(str(folder.config))
     if not resume:
         state = "finished" if folder.result.is_file() else "interrupted"
         raise InputError(

@@ -176,14 +176,19 @@ class Backbone(Identity):
         return self.project(self.pooled(images, prompts))
 
     def pooled(
-        self, images: Tensor, prompts: Prompts | None = None, index: Tensor | None = None
+        self,
+        images: Tensor,
+        prompts: Prompts | None = None,
+        index: Tensor | None = None,
+        begin: int = 0,
     ) -> Tensor:
         """Features before the projection (B, …); the first arguments are those of `forward`.
 
         `index` (B,) is the image of each sample, where several samples are of the same; None:
-        there are as many images. Blocks before the first prompts then run once an image.
+        there are as many images. Blocks before the first prompts then run once an image. `begin`
+        is as in `tokens`.
         """
-        return self.pool(self._run(images, prompts, index=index))
+        return self.pool(self._run(images, prompts, index=index, begin=begin))
 
     def tokens(
         self,

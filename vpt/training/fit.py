@@ -83,7 +83,7 @@ def fit(
     images = TrainingSet(train, model.target, len(model.class_names))
     engine = engine or EngineConfig()
     accelerator = make_accelerator(config.precision, engine.compile)
-    config = _prepare(config, model, images, accelerator)
+    given, config = config, _prepare(config, model, images, accelerator)
     begin = time.perf_counter()
     set_seed(config.seed)
     in_order = images.own or config.folds or model.cross_fitted
@@ -96,6 +96,11 @@ def fit(
             f"{CACHE_BYTES / 2**30:g} GiB for decoded ones, so each pass decodes them anew"
         )
     if model.solved:
+        if (session := model.first_session()) is not None:
+            log(f"{model.name}: {session.name} is trained first")
+            fit(session, train, val, given, checkpoint=checkpoint, engine=engine,
+                progress=progress, log=log)  # fmt: skip
+            model.adopt(session)
         seen = current_features(model, plain, accelerator, frozen)
         return [_solve(model, seen, accelerator, begin)]
     optimizer = make_optimizer(model, config)
