@@ -73,7 +73,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         redirect_slashes=False,
         telemetry=dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False),
     )
-    app.add_middleware(Edge, limits=limits, registry=registry)
+    app.add_middleware(Edge, service=service, registry=registry)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -91,7 +91,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return JSONResponse({"error": "a parameter is missing or wrong"}, 400)
 
-    def authorise(
+    async def authorise(
         request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
     ) -> Tenant:
         tenant = tenant_of(tenants, request.headers.get("authorization", ""))
@@ -99,7 +99,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
             raise Refused(401, "give a token: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         return tenant
 
-    def administer(tenant: Annotated[Tenant, Depends(authorise)]) -> Tenant:
+    async def administer(tenant: Annotated[Tenant, Depends(authorise)]) -> Tenant:
         if not tenant.admin:
             raise Refused(403, "this is for tokens with admin: true")
         return tenant

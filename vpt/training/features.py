@@ -111,7 +111,7 @@ class FrozenColumns:
     @torch.no_grad()
     def _compute(self, positions: Sequence[int]) -> dict[str, Tensor]:
         loader = DataLoader(
-            Subset(self.train.dataset, positions),  # accelerate cuts the last batch by its length
+            Subset(self.train.dataset, positions),  # whose length accelerate counts by
             EVAL_BATCH,
             num_workers=self.train.num_workers,
             collate_fn=self.train.collate_fn,
@@ -221,6 +221,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             whole = file.metadata()["sha256"] == digest(columns, key)
+            whole &= len({len(column) for column in columns.values()}) == 1
     except Exception:
         return None
     return columns if whole else None
