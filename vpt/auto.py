@@ -295,18 +295,23 @@ class _Pace(TrainingBar):
     def __init__(self, stages: Sequence[tuple[str, int]], show: bool, left: float) -> None:
         super().__init__(stages, show)
         self.left, self.begin = left, time.monotonic()
+        self.first: tuple[float, int] | None = None  # when a batch was read first, and its number
 
     def tick(self) -> None:
         """A batch was read."""
         super().tick()
+        if self.first is None:  # features, which are computed once, come before
+            self.first = time.monotonic(), self.done
         self.check()
 
     def check(self) -> None:
         """Drop the candidate if its time is up, or will be by its pace."""
-        spent = time.monotonic() - self.begin
-        needed = spent * self.total / self.done if self.done else spent
-        # all processes go on together, or none
-        (needed,) = broadcast_object_list([needed if spent > WARM_UP * self.left else 0])
+        now = time.monotonic()
+        needed = now - self.begin
+        if self.first and now - self.first[0] > WARM_UP * self.left and self.done > self.first[1]:
+            pace = (now - self.first[0]) / (self.done - self.first[1])
+            needed += pace * (self.total - self.done)
+        (needed,) = broadcast_object_list([needed])  # all processes go on together, or none
         if needed >= self.left:
             raise _Dropped(f"it needs {needed:.0f} s, and {max(self.left, 0):.0f} s are left")
 

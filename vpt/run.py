@@ -48,12 +48,10 @@ NOTICE = "Not for clinical use."  # with every result of medical data
 class Prepared:
     """Result of `prepare`: what it read and checked, and the model to train.
 
-    Of an auto run `model` is the first candidate's until one is chosen.
-
     Attributes:
-        config: of the run.
-        setting: of the method that trains: `config`, or the candidate's.
-        candidates: of an auto run, as they were tried.
+        setting: of the method that trains: `config`, or the chosen candidate's.
+        model: of an auto run the first candidate's until one is chosen.
+        candidates: of an auto run.
     """
 
     config: RunConfig
