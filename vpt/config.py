@@ -257,7 +257,7 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: no such file, not YAML, an unknown key or a value out of its range.
     """
-    path = _find("configs/run", config)
+    path = find_config(config)
     file = read_yaml(path)
     changes = changes_of(RunConfig, overrides)
     chosen, named = _method_name(changes), _method_name(file)
@@ -340,6 +340,20 @@ def validate(model: type[Model], values: Any, where: str) -> Model:
         if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
             message = f"not a list: give {override(key, [value])}"
         raise InputError(f"{where}: {key}={value!r}: {message}") from None
+
+
+def find_config(config: str) -> Path:
+    """The file of a run's configuration: a path, or a name under configs/run."""
+    return _find("configs/run", config)
+
+
+def kind_of(config: str) -> str | None:
+    """The `kind` that a run's configuration names: detect, segment; None: it trains a classifier.
+
+    Raises:
+        InputError: no such file, or not YAML.
+    """
+    return read_yaml(find_config(config)).get("kind")
 
 
 def _find(folder: str, config: str) -> Path:

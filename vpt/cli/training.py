@@ -27,7 +27,15 @@ def train(
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
 ) -> None:
     """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES."""
-    from vpt.config import load_run
+    from vpt.config import kind_of, load_run
+
+    if kind_of(config):
+        from vpt.dense.config import load_dense
+        from vpt.dense.run import run as run_dense
+
+        settings = load_dense(config, overrides or [])
+        _print_metrics(run_dense(settings, resume=resume, log=say))
+        return
     from vpt.run import run
 
     _print_metrics(run(load_run(config, overrides or []), resume=resume, log=say))
