@@ -24,7 +24,10 @@ def draw(count=4, seed=0, size=SIZE, most=3):
             top = int(place // 3 * size[1] // 2 + rng.integers(0, size[1] // 2 - side))
             label = int(rng.integers(2))
             shape = (pen.ellipse, pen.rectangle)[label]
-            shape((left, top, left + side - 1, top + side - 1), fill=((220, 60, 60), (60, 220, 90))[label])
+            shape(
+                (left, top, left + side - 1, top + side - 1),
+                fill=((220, 60, 60), (60, 220, 90))[label],
+            )
             objects.append((CLASSES[label], (left, top, left + side, top + side)))
         pictures.append((picture, objects))
     return pictures

@@ -259,6 +259,8 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = find_config(config)
     file = read_yaml(path)
+    if "kind" in file:
+        raise InputError(f"{path}: kind={file.kind} is no run of a classifier: see vpt.dense")
     changes = changes_of(RunConfig, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:

@@ -1,6 +1,7 @@
 """Train, test and predict."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +51,12 @@ def evaluate(
     ] = False,
 ) -> None:
     """Test an artefact on the held-out images of its data, or on other labelled images."""
-    from vpt.inference import evaluate
+    from vpt.dense.artefact import kind_of
+
+    if kind_of(artefact):
+        from vpt.dense.inference import evaluate
+    else:
+        from vpt.inference import evaluate
 
     _print_metrics(evaluate(artefact, overrides or [], every=every, log=say))
 
@@ -63,11 +69,22 @@ def predict(
     checkpoint: Annotated[
         str | None, typer.Option(help="The backbone's weights, where they have moved.")
     ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Of a detector: folder for detections.json and drawn images.")
+    ] = Path("predicted"),
 ) -> None:
-    """Classify images."""
-    from vpt.inference import predict
+    """Classify images, or find objects in them, as the artefact was trained to."""
+    from vpt.dense.artefact import kind_of
 
-    for number, prediction in enumerate(predict(artefact, images, checkpoint, log=say)):
+    if kind_of(artefact):
+        from vpt.dense.inference import predict as predict_dense
+
+        predictions = predict_dense(artefact, images, out, checkpoint, log=say)
+    else:
+        from vpt.inference import predict
+
+        predictions = predict(artefact, images, checkpoint, log=say)
+    for number, prediction in enumerate(predictions):
         if number == 0 and "notice" in prediction:
             say(prediction["notice"])
         print(json.dumps(prediction) if as_json else "\t".join(_columns(prediction)))
@@ -75,6 +92,10 @@ def predict(
 
 def _columns(prediction: dict[str, Any]) -> list[str]:
     """A prediction as text: path, class and probability, then what else was decided."""
+    if "objects" in prediction:
+        counts = Counter(each["class"] for each in prediction["objects"])
+        found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        return [prediction["path"], found or "none", prediction["drawn"]]
     if "labels" in prediction:
         probabilities = prediction["probabilities"]
         labels = [f"{name} {probabilities[name]:.3f}" for name in prediction["labels"]]

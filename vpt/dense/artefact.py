@@ -7,7 +7,7 @@ from torch import nn
 
 from vpt import artifact
 from vpt.config import validate
-from vpt.dense.config import KINDS, DetectHeadConfig, SegmentHeadConfig
+from vpt.dense.config import KINDS, DetectHeadConfig
 from vpt.dense.detector import Detector
 from vpt.dense.pyramid import Maps, attach
 from vpt.errors import InputError
@@ -15,7 +15,9 @@ from vpt.errors import InputError
 Model = Detector
 
 
-def save(model: Model, path: str | Path, method: str, options: dict[str, Any], **details: Any) -> Path:
+def save(
+    model: Model, path: str | Path, method: str, options: dict[str, Any], **details: Any
+) -> Path:
     """Write the model to `path`, atomically; `method` and its `options` made its maps."""
     height, width = model.maps.size
     metadata = {

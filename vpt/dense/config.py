@@ -1,4 +1,4 @@
-"""Typed configuration of runs on boxes and masks; the same files and `key=value`s as `RunConfig`."""
+"""Typed configuration of runs on boxes and masks, of files and `key=value`s as `RunConfig` is."""
 
 import hashlib
 import json
@@ -107,7 +107,9 @@ def load_dense(config: str, overrides: Sequence[str] = ()) -> DetectConfig | Seg
     file: Any = merge(read_yaml(path))
     model = KINDS.get(file.get("kind"))
     if model is None:
-        raise InputError(f"{path}: kind is none of {', '.join(KINDS)}: vpt train trains classifiers")
+        raise InputError(
+            f"{path}: kind is none of {', '.join(KINDS)}: vpt train trains classifiers"
+        )
     changes = changes_of(model, overrides)
     named, chosen = (each.get("method", {}).get("name") for each in (file, changes))
     if chosen not in (None, named):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,15 @@ from vpt.dense.images import CanvasImages, Flip, MapSource
 from vpt.dense.metrics import (
     choose_threshold,
     coco_detections,
+    coco_truth,
     detection_metrics,
     require_coco,
 )
 from vpt.dense.pyramid import Maps
 
-DETECTIONS = "detections.json"  # in a run folder: those of the test images, as COCO's results
-TEST = "test.json"  # and what they are measured by
+# in a run folder: those of the test images, as COCO's results, which number the images from 1 in
+# the order of `images` in the other file
+DETECTIONS, TEST = "detections.json", "test.json"
 
 
 class Detection:
@@ -80,17 +81,16 @@ class Detection:
         """Choose the model's threshold on validation images."""
         model.threshold = choose_threshold(found, truth, len(model.class_names))
 
-    def metrics(
-        self, model: Detector, found: list[Objects], truth: BoxedImages
-    ) -> dict[str, Any]:
+    def metrics(self, model: Detector, found: list[Objects], truth: BoxedImages) -> dict[str, Any]:
         """Metrics of result.json."""
         most = model.options.max_detections
         return detection_metrics(found, truth, model.class_names, model.threshold, most)
 
-    def files(self, found: list[Objects], truth: BoxedImages) -> dict[str, bytes]:
+    def files(self, model: Detector, found: list[Objects], truth: BoxedImages) -> dict[str, bytes]:
         """Further files of a run folder."""
         detections = coco_detections(found, range(len(truth)))
-        return {DETECTIONS: json.dumps(detections).encode()}
+        contents = {DETECTIONS: detections, TEST: coco_truth(truth, model.class_names)}
+        return {name: json.dumps(content).encode() for name, content in contents.items()}
 
 
 def to_image(objects: Objects, canvas: Canvas, size: tuple[int, int]) -> Objects:
@@ -101,10 +101,3 @@ def to_image(objects: Objects, canvas: Canvas, size: tuple[int, int]) -> Objects
     boxes = torch.minimum(boxes, limit)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return Objects(boxes[kept], objects.labels.cpu()[kept], objects.scores.cpu()[kept])
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file."""
-    from vpt.data.boxes import upright_size
-
-    return upright_size(path)

@@ -19,7 +19,9 @@ _GROWTH = (1.25, 1.5, 2, 3, 4)  # sizes that are tried
 class _Matched:
     """A head whose loss is what torchvision's FCOS has matched."""
 
-    def compute_loss(self, targets: object, outputs: object, places: object, matched: object) -> object:
+    def compute_loss(
+        self, targets: object, outputs: object, places: object, matched: object
+    ) -> object:
         return matched
 
 

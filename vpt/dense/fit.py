@@ -53,7 +53,9 @@ def fit(
     own = [p for name, p in named.items() if name.startswith("maps.")]
     rest = [p for name, p in named.items() if not name.startswith("maps.")]
     groups = [{"params": rest, "lr": config.lr}, {"params": own, "lr": config.method_lr}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], weight_decay=config.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, config))
     random = torch.Generator().manual_seed(config.seed)
     batches = _batches(len(source.images), config.batch_size, random)

@@ -47,7 +47,9 @@ class CanvasImages:
         pixels = torch.from_numpy(np.stack([self._pixels(index) for index in indices]))
         images = self.backbone.preprocess.normalize(pixels)
         pairs = zip(images, flips, strict=True)
-        return torch.stack([image.flip(flip.axes) for image, flip in pairs]).to(self.backbone.device)
+        return torch.stack([image.flip(flip.axes) for image, flip in pairs]).to(
+            self.backbone.device
+        )
 
     def _pixels(self, index: int) -> np.ndarray:
         file = self.files[index]

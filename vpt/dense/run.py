@@ -25,7 +25,7 @@ from vpt.files import write_atomically
 from vpt.folder import RunFolder
 from vpt.progress import Log
 from vpt.resources import package_version
-from vpt.run import NOTICE
+from vpt.run import NOTICE, find_grey_range
 
 Config = DetectConfig | SegmentConfig
 
@@ -97,9 +97,10 @@ def prepare(config: Config, log: Log = print) -> Prepared:
     for line in [*source.notes, *split.notes, kind.describe(split.train, source.class_names)]:
         log(f"data: {line}")
     survey = check_images([*split.train.images, *split.val.images, *split.test.images])
-    survey.through(None, log).check()
+    grey = find_grey_range(survey, split.train.images, log)
     set_seed(config.train.seed)
     backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
+    backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
     if torch.cuda.is_available():
         backbone = backbone.cuda()
     canvas = choose_canvas(backbone, split.train.sizes, config.data.size)
@@ -194,7 +195,7 @@ def write(
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    for name, content in prepared.kind.files(found, split.test).items():
+    for name, content in prepared.kind.files(model, found, split.test).items():
         write_atomically(folder.path / name, content)
     write_atomically(folder.result, json.dumps(result, indent=2).encode())
     return result

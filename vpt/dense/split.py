@@ -17,7 +17,7 @@ class Images(Protocol):
     names: list[str]
     patients: list[str] | None
 
-    def __len__(self) -> int: ...  # noqa: D105
+    def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray) -> Self:
         """The images at `indices`."""

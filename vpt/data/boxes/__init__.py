@@ -44,10 +44,13 @@ class BoxedImages:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "BoxedImages":
         """The images at `indices`, in that order."""
-        chosen = {
-            name: [values[i] for i in indices] for name, values in vars(self).items() if values
-        }
-        return replace(self, **chosen)
+        columns = {name: values for name, values in vars(self).items() if values is not None}
+        return replace(self, **{n: [values[i] for i in indices] for n, values in columns.items()})
+
+    def join(self, other: "BoxedImages") -> "BoxedImages":
+        """These images, then those of another part of the same data."""
+        both = {k: [*v, *getattr(other, k)] for k, v in vars(self).items() if v is not None}
+        return replace(self, **both)
 
     def class_counts(self, num_classes: int) -> list[int]:
         """Number of objects of each class."""
@@ -217,7 +220,9 @@ def _patients_of(
     found = [each.patient for each in images]
     if patients is not None:
         found = [
-            next((patients[key] for key in (n, Path(n).name, Path(n).stem) if key in patients), None)
+            next(
+                (patients[key] for key in (n, Path(n).name, Path(n).stem) if key in patients), None
+            )
             for n in names
         ]
     missing = [name for name, patient in zip(names, found, strict=True) if not patient]

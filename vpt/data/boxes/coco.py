@@ -45,7 +45,9 @@ def read(root: Path) -> Read:
             if each.get("iscrowd"):
                 crowds += 1
             elif "bbox" not in each or len(each["bbox"]) != 4 or each["category_id"] not in names:
-                raise InputError(f"{path}: annotation {each.get('id')}: no box or category: mend it")
+                raise InputError(
+                    f"{path}: annotation {each.get('id')}: no box or category: mend it"
+                )
             else:
                 objects[each["image_id"]].append(each)
         known = {each["id"] for each in content["images"]}
