@@ -5,11 +5,11 @@ from pydantic import BaseModel
 
 import vpt
 from vpt import methods, resources
-from vpt.config import RunConfig, Strict, TrainConfig, load_run, to_yaml
+from vpt.config import RunConfig, Strict, TrainConfig, kind_of, load_run, to_yaml
 from vpt.errors import InputError
 from vpt.settings import read_yaml
 
-RUNS = resources.names("configs/run")
+RUNS = [name for name in resources.names("configs/run") if kind_of(name) is None]
 METHODS = methods.names()
 
 

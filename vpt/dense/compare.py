@@ -26,7 +26,9 @@ def paired_difference(one: Path, other: Path) -> dict[str, Any]:
     """
     truth = json.loads((one / TEST).read_text())
     if truth != json.loads((other / TEST).read_text()):
-        raise InputError(f"{one} and {other} were tested on other images: give two runs on the same")
+        raise InputError(
+            f"{one} and {other} were tested on other images: give two runs on the same"
+        )
     images = _boxed(truth)
     both = [_matches(folder, images, len(truth["categories"])) for folder in (one, other)]
 

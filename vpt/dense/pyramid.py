@@ -42,7 +42,9 @@ class Maps(nn.Module):
         depth = backbone.num_layers
         if len(set(backbone.widths)) > 1:
             raise InputError(f"{backbone.family}: stages of several widths: take a plain ViT")
-        self.layers = list(layers or sorted({-(-depth * quarter // 4) - 1 for quarter in range(1, 5)}))
+        self.layers = list(
+            layers or sorted({-(-depth * quarter // 4) - 1 for quarter in range(1, 5)})
+        )
         if not all(0 <= layer < depth for layer in self.layers):
             raise InputError(f"layers={self.layers}: give block numbers from 0 to {depth - 1}")
         if method.overrides("pixels"):
