@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vpt.config import TrainConfig, recipe
     from vpt.errors import InputError
     from vpt.evaluation.evaluate import evaluate
+    from vpt.hub import pull, push
     from vpt.imports import import_checkpoint
     from vpt.methods import attach
     from vpt.serve.bank import PromptBank
@@ -27,6 +28,8 @@ __all__ = [
     "fit",
     "import_checkpoint",
     "load",
+    "pull",
+    "push",
     "recipe",
     "save",
 ]
@@ -40,6 +43,8 @@ _HOMES = {
     "fit": "vpt.training.fit",
     "import_checkpoint": "vpt.imports",
     "load": "vpt.artifact",
+    "pull": "vpt.hub",
+    "push": "vpt.hub",
     "recipe": "vpt.config",
     "save": "vpt.artifact",
 }

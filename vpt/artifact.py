@@ -64,10 +64,14 @@ def write(
         },
         **metadata,
     }
-    text = json.dumps(metadata, sort_keys=True)
-    header = {"vpt": text, "sha256": digest(tensors, text)}
-    write_atomically(path, safetensors.torch.save(tensors, header))
+    write_atomically(path, to_bytes(tensors, metadata))
     return path
+
+
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    """Contents of an artefact, with the digest that `read` checks."""
+    text = json.dumps(metadata, sort_keys=True)
+    return safetensors.torch.save(tensors, {"vpt": text, "sha256": digest(tensors, text)})
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,14 @@ import sys
 from vpt.cli.app import app
 from vpt.errors import InputError
 
-for room in ("training", "benchmarks", "artefacts", "serving", "listing"):  # as --help lists them
+for room in (
+    "training",
+    "benchmarks",
+    "artefacts",
+    "sharing",
+    "serving",
+    "listing",
+):  # as --help lists them
     importlib.import_module(f"vpt.cli.{room}")
 
 
