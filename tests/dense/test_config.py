@@ -4,16 +4,17 @@ import pytest
 
 from vpt import methods, resources
 from vpt.config import kind_of, to_yaml
-from vpt.dense.config import KINDS, load_dense
+from vpt.dense.config import CONFIGS, load_dense
 from vpt.dense.pyramid import HEAD_ONLY
 from vpt.errors import InputError
 
 ROOT = ["data.root=cells"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_file_and_its_own_yaml_are_the_same(kind, tmp_path):
-    config = load_dense(kind, [*ROOT, "data.shots=null", "method.name=vpt_deep"])
+    masks = ["data.masks=instance"] if kind == "segment" else []
+    config = load_dense(kind, [*ROOT, *masks, "data.shots=null", "method.name=vpt_deep"])
     assert (config.kind, kind_of(kind), config.data.shots) == (kind, kind, None)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))

@@ -70,7 +70,7 @@ def predict(
         str | None, typer.Option(help="The backbone's weights, where they have moved.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Of a detector: folder for detections.json and drawn images.")
+        Path, typer.Option(help="Of boxes and masks: folder for them and for drawn images.")
     ] = Path("predicted"),
 ) -> None:
     """Classify images, or find objects in them, as the artefact was trained to."""
@@ -96,6 +96,10 @@ def _columns(prediction: dict[str, Any]) -> list[str]:
         counts = Counter(each["class"] for each in prediction["objects"])
         found = ", ".join(f"{name} {count}" for name, count in counts.items())
         return [prediction["path"], found or "none", prediction["drawn"]]
+    if "mask" in prediction:
+        found = [f"{name} {part:.1%}" for name, part in prediction["proportions"].items()]
+        count = [f"{prediction['count']} objects"] if "count" in prediction else []
+        return [prediction["path"], ", ".join([*found, *count]), prediction["mask"]]
     if "labels" in prediction:
         probabilities = prediction["probabilities"]
         labels = [f"{name} {probabilities[name]:.3f}" for name in prediction["labels"]]

@@ -7,12 +7,13 @@ from torch import nn
 
 from vpt import artifact
 from vpt.config import validate
-from vpt.dense.config import KINDS, DetectHeadConfig
+from vpt.dense.config import CONFIGS, DetectHeadConfig, SegmentHeadConfig
 from vpt.dense.detector import Detector
 from vpt.dense.pyramid import Maps, attach
+from vpt.dense.segmenter import Segmenter
 from vpt.errors import InputError
 
-Model = Detector
+Model = Detector | Segmenter
 
 
 def save(
@@ -28,6 +29,7 @@ def save(
         "size": [width, height],
         "head": model.options.model_copy(update={"layers": model.maps.layers}).model_dump(),
         "threshold": model.threshold,
+        **({"instances": model.instances} if isinstance(model, Segmenter) else {}),
         **details,
     }
     return artifact.write(path, model.artifact_tensors(), model.maps.method.backbone, metadata)
@@ -53,14 +55,19 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> Model:
         InputError: as `vpt.load`; the artefact of a classifier.
     """
     tensors, metadata = artifact.read(path)
-    if metadata.get("kind") not in KINDS:
+    if metadata.get("kind") not in CONFIGS:
         raise InputError(f"{path}: a classifier: give it to vpt.load")
     adapted = artifact.find_backbone(path, metadata, backbone)
     names = metadata["class_names"]
     method = attach(adapted, metadata["method"], names, metadata["options"])
     width, height = metadata["size"]
     maps = Maps(method, metadata["head"]["layers"], (height, width))
-    model = Detector(maps, names, validate(DetectHeadConfig, metadata["head"], where=str(path)))
+    model: Model
+    if metadata["kind"] == "detect":
+        model = Detector(maps, names, validate(DetectHeadConfig, metadata["head"], str(path)))
+    else:
+        head = validate(SegmentHeadConfig, metadata["head"], str(path))
+        model = Segmenter(maps, names, head, metadata["instances"])
     own = {name: tensor.shape for name, tensor in model.artifact_tensors().items()}
     if own != {name: tensor.shape for name, tensor in tensors.items()}:
         raise InputError(

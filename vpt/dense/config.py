@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vpt import resources
-from vpt.config import BackboneConfig, File, MethodConfig, Seed, Strict, find_config, validate
+from vpt.config import (
+    BackboneConfig,
+    File,
+    MethodConfig,
+    Seed,
+    Strict,
+    Text,
+    find_config,
+    validate,
+)
+from vpt.data.masks import Masks
 from vpt.errors import InputError
 from vpt.settings import changes_of, merge, read_yaml
 
@@ -26,6 +36,13 @@ class DenseDataConfig(Strict):
     size: PositiveInt | None = None
     flips: Literal["none", "horizontal", "both"] = "horizontal"  # of training images, at random
     patients: File | None = None  # a CSV of image and patient, where the layout names none
+
+
+class SegmentDataConfig(DenseDataConfig):
+    """Of masks also: what their numbers are, which nothing in the files tells."""
+
+    masks: Masks  # class: a pixel has its class number; instance: the number of its object
+    classes: list[Text] | None = None  # names of the classes 1, 2, …; None: these numbers
 
 
 class DenseTrainConfig(Strict):
@@ -85,10 +102,11 @@ class SegmentConfig(DenseConfig):
     """One run on masks."""
 
     kind: Literal["segment"]
+    data: SegmentDataConfig
     segment: SegmentHeadConfig = SegmentHeadConfig()
 
 
-KINDS: dict[str, type[DetectConfig] | type[SegmentConfig]] = {
+CONFIGS: dict[str, type[DetectConfig] | type[SegmentConfig]] = {
     "detect": DetectConfig,
     "segment": SegmentConfig,
 }
@@ -105,10 +123,10 @@ def load_dense(config: str, overrides: Sequence[str] = ()) -> DetectConfig | Seg
     """
     path = find_config(config)
     file: Any = merge(read_yaml(path))
-    model = KINDS.get(file.get("kind"))
+    model = CONFIGS.get(file.get("kind"))
     if model is None:
         raise InputError(
-            f"{path}: kind is none of {', '.join(KINDS)}: vpt train trains classifiers"
+            f"{path}: kind is none of {', '.join(CONFIGS)}: vpt train trains classifiers"
         )
     changes = changes_of(model, overrides)
     named, chosen = (each.get("method", {}).get("name") for each in (file, changes))

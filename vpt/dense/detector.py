@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 
-from vpt.backbones.base import share
 from vpt.dense.config import DetectHeadConfig
+from vpt.dense.model import Dense
 from vpt.dense.pyramid import Maps, Pyramid
 
 # Of a detection. torchvision's own .2 cuts the tail off which average precision counts.
@@ -23,7 +23,7 @@ class Objects(NamedTuple):
     scores: Tensor
 
 
-class Detector(nn.Module):
+class Detector(Dense):
     """Boxes of images (B, channels, height, width), which all have the size of `maps`.
 
     Places stand at the centres of the cells of three levels, at strides of half, one and two
@@ -31,29 +31,17 @@ class Detector(nn.Module):
     farthest side is 4 to 8 strides away (on the finest level from 0, on the coarsest without
     bound): FCOS (Tian et al. 2019) with centre sampling, as torchvision has it.
 
-    Attributes:
-        class_names: in label order.
-        threshold: the least score of a box that is shown; AP counts those below it too.
+    AP counts boxes below `threshold` too.
     """
 
     kind = "detect"
 
     def __init__(self, maps: Maps, class_names: Sequence[str], options: DetectHeadConfig) -> None:
-        super().__init__()
-        self.maps, self.class_names, self.options = maps, list(class_names), options
+        super().__init__(maps, class_names, options)
         self.threshold = 0.5
         pyramid = Pyramid(maps.width, options.channels)
         head = FCOSHead(options.channels, 1, len(class_names), options.convs)
         self.fcos = make_fcos(pyramid, head, len(class_names), options)
-
-    def tunable_parameters(self) -> dict[str, nn.Parameter]:
-        """The tensors that train, by name: the method's begin with `maps.method.`."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def artifact_tensors(self) -> dict[str, Tensor]:
-        """Tensors of an artefact: the method's own, pyramid and head."""
-        own = {f"maps.method.{name}": t for name, t in self.maps.artifact_tensors().items()}
-        return own | {n: t for n, t in self.state_dict().items() if not n.startswith("maps.")}
 
     def outputs(self, maps: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The head's outputs (B, places, …), and the places of each level as squares (N, 4)."""
@@ -89,12 +77,6 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> list[Objects]:
         """Detections in images, best first, in pixels of these."""
         return self.detect(self.maps(images))
-
-    def fold(self) -> "Detector":
-        """The inference form: a frozen view, whose prompts are keys and values."""
-        folded = share(self)
-        folded.maps.method = self.maps.method.fold()
-        return folded
 
 
 def make_fcos(pyramid: Any, head: Any, num_classes: int, options: DetectHeadConfig) -> FCOS:

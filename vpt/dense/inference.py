@@ -1,4 +1,4 @@
-"""Evaluate an artefact of boxes on labelled images, or predict new ones."""
+"""Evaluate an artefact of boxes or masks on labelled images, or predict new ones."""
 
 import functools
 import json
@@ -6,19 +6,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from vpt import artifact, backbones
 from vpt.config import BackboneConfig, Strict, validate
 from vpt.data.images import read_image
 from vpt.dense import artefact
 from vpt.dense.canvas import Canvas
-from vpt.dense.config import DenseDataConfig
-from vpt.dense.detection import Detection, to_image
+from vpt.dense.config import DenseDataConfig, SegmentDataConfig
+from vpt.dense.detection import to_image
 from vpt.dense.detector import Detector, Objects
-from vpt.dense.draw import draw_objects
+from vpt.dense.draw import draw_masks, draw_objects, save_png
 from vpt.dense.images import CanvasImages
+from vpt.dense.kinds import KINDS
 from vpt.dense.metrics import coco_detections
+from vpt.dense.segmentation import to_image as to_masks
+from vpt.dense.segmenter import Segmenter
 from vpt.dense.split import split_images
 from vpt.errors import InputError
 from vpt.files import write_atomically
@@ -29,10 +35,17 @@ from vpt.run import NOTICE
 from vpt.settings import apply_overrides, read_yaml
 
 
-class Settings(Strict):
-    """Keys of `vpt eval`."""
+class DetectSettings(Strict):
+    """Keys of `vpt eval` of a detector."""
 
     data: DenseDataConfig
+    backbone: BackboneConfig
+
+
+class SegmentSettings(Strict):
+    """Keys of `vpt eval` of a segmenter."""
+
+    data: SegmentDataConfig
     backbone: BackboneConfig
 
 
@@ -53,12 +66,13 @@ def evaluate(
     metadata = artifact.read_metadata(path)
     beside = RunFolder(path.parent).config
     root = OmegaConf.select(read_yaml(beside), "data.root") if beside.is_file() else None
-    settings = {
+    given = {
         "data": {**metadata["data"], **({"root": root} if root else {})},
         "backbone": artifact.backbone_settings(metadata),
     }
-    settings = validate(Settings, apply_overrides(Settings, settings, overrides), where=str(path))
-    kind = Detection()
+    keys = DetectSettings if metadata["kind"] == "detect" else SegmentSettings
+    settings = validate(keys, apply_overrides(keys, given, overrides), where=str(path))
+    kind = KINDS[metadata["kind"]]
     source = kind.read(settings.data)
     if source.class_names != metadata["class_names"]:
         raise InputError(
@@ -70,31 +84,23 @@ def evaluate(
     except InputError:  # too few to have been trained on
         split = None
     same = split is not None and split.hash == metadata["split_hash"]
-    if every == same:
+    if every and same:
+        raise InputError(f"{path}: some of these images trained it: drop --all")
+    if not (every or same):
         raise InputError(
-            f"{path}: "
-            + ("some of these images trained it: drop --all" if every else
-               "not the split that it was trained with: give the same data, shots and seed, or "
-               "--all if none of these images was trained on")
-        )  # fmt: skip
+            f"{path}: not the split that it was trained with: give the same data, shots and seed, "
+            "or --all if none of these images was trained on"
+        )
     test = functools.reduce(lambda one, other: one.join(other), source.parts.values())
     test = test if every else split.test
     for line in source.notes:
         log(f"data: {line}")
     log(f"testing on {len(test)} images")
-    model = artefact.load(
-        path, backbones.load(settings.backbone.name, settings.backbone.checkpoint)
-    )
-    model = model.fold()
-    images = CanvasImages(test.images, canvas_of(model), model.maps.method.backbone)
-    metrics = kind.metrics(model, kind.outputs(model, images, test), test)
-    return {**metrics, **({"notice": NOTICE} if metadata.get("medical") else {})}
-
-
-def canvas_of(model: Detector) -> Canvas:
-    """The canvas of the model's images."""
-    height, width = model.maps.size
-    return Canvas(width, height)
+    backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
+    model = artefact.load(path, backbone).fold()
+    found = kind.outputs(model, _images(model, test.images), test)
+    notice = {"notice": NOTICE} if metadata.get("medical") else {}
+    return {**kind.metrics(model, found, test), **notice}
 
 
 def predict(
@@ -104,10 +110,11 @@ def predict(
     checkpoint: str | None = None,
     log: Log = print,
 ) -> Iterator[dict[str, Any]]:
-    """The objects found in each image file, in order; folders are searched.
+    """What is found in each image file, in order; folders are searched.
 
-    Those at or above the artefact's threshold. When all are done, `out` holds `detections.json`,
-    in COCO's form with scores, and each image with its boxes drawn, as PNG.
+    `out` gets each image with it drawn, as PNG. Of boxes, those at or above the artefact's
+    threshold; when all are done, `out` has `detections.json`, in COCO's form with scores. Of masks,
+    a PNG of their numbers each.
 
     Args:
         path: the artefact.
@@ -124,48 +131,79 @@ def predict(
     name = metadata["backbone"]["name"]
     backbone = backbones.load(name, checkpoint) if name and checkpoint else None
     model = artefact.load(path, backbone).fold()
-    files, names = found.readable, model.class_names
-    source = CanvasImages(files, canvas_of(model), model.maps.method.backbone)
-    notice = {"notice": NOTICE} if metadata.get("medical") else {}
-    grey = metadata["preprocess"].get("grey_range")
-    kept, sizes = [], []
-    for index, file in enumerate(files):
-        image = read_image(file, grey=tuple(grey) if grey else None)
-        objects = to_image(model(source.batch([index]))[0], source.canvas, image.size)
-        shown = Objects(*(part[objects.scores >= model.threshold] for part in objects))
-        kept.append(shown)
-        sizes.append(image.size)
-        drawn = out / f"{index + 1:04}-{file.stem}.png"
-        draw_objects(image, shown, names, drawn)
-        rows = zip(*(part.tolist() for part in shown), strict=True)
-        yield {
-            "path": str(file),
-            "objects": [
-                {"class": names[label], "score": score, "box": box} for box, label, score in rows
-            ],
-            "drawn": str(drawn),
-            **notice,
-        }
-    content = _coco(files, sizes, names, kept)
-    write_atomically(out / "detections.json", json.dumps(content, indent=1).encode())
+    predictions = _boxes if isinstance(model, Detector) else _masks
+    for prediction in predictions(model, found.readable, out):
+        yield prediction | ({"notice": NOTICE} if metadata.get("medical") else {})
     found.check()
 
 
-def _coco(
-    files: Sequence[Path],
-    sizes: Sequence[tuple[int, int]],
-    names: Sequence[str],
-    found: list[Objects],
-) -> dict[str, Any]:
-    rows = coco_detections(found, range(len(files)))
-    return {
-        "images": [
-            {"id": number, "file_name": str(file), "width": size[0], "height": size[1]}
-            for number, (file, size) in enumerate(zip(files, sizes, strict=True), 1)
-        ],
+@torch.no_grad()
+def detect(model: Detector, source: CanvasImages, index: int, size: tuple[int, int]) -> Objects:
+    """Objects at or above the threshold in one image of `size`, in its pixels."""
+    objects = to_image(model(source.batch([index]))[0], source.canvas, size)
+    return Objects(*(part[objects.scores >= model.threshold] for part in objects))
+
+
+def _images(model: Detector | Segmenter, files: Sequence[Path]) -> CanvasImages:
+    height, width = model.maps.size
+    return CanvasImages(files, Canvas(width, height), model.maps.method.backbone)
+
+
+def _opened(source: CanvasImages, out: Path) -> Iterator[tuple[int, Path, Image.Image, Path]]:
+    """Number, file and pixels of each image, and where it is drawn."""
+    grey = source.backbone.preprocess.grey_range
+    for index, file in enumerate(source.files):
+        yield index, file, read_image(file, grey=grey), out / f"{index + 1:04}-{file.stem}.png"
+
+
+def _boxes(model: Detector, files: Sequence[Path], out: Path) -> Iterator[dict[str, Any]]:
+    source, names = _images(model, files), model.class_names
+    kept, described = [], []
+    for index, file, image, drawn in _opened(source, out):
+        shown = detect(model, source, index, image.size)
+        kept.append(shown)
+        width, height = image.size
+        described.append(
+            {"id": index + 1, "file_name": str(file), "width": width, "height": height}
+        )
+        draw_objects(image, shown, names, drawn)
+        rows = zip(*(part.tolist() for part in shown), strict=True)
+        objects = [
+            {"class": names[label], "score": score, "box": box} for box, label, score in rows
+        ]
+        yield {"path": str(file), "objects": objects, "drawn": str(drawn)}
+    rows = coco_detections(kept, range(len(kept)))
+    content = {
+        "images": described,
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
         "annotations": [
             {"id": number, **row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
             for number, row in enumerate(rows, 1)
         ],
     }
+    write_atomically(out / "detections.json", json.dumps(content, indent=1).encode())
+
+
+@torch.no_grad()
+def _masks(model: Segmenter, files: Sequence[Path], out: Path) -> Iterator[dict[str, Any]]:
+    source = _images(model, files)
+    for index, file, image, drawn in _opened(source, out):
+        logits = model(source.batch([index]))[0]
+        masked = to_masks(model, logits, source.canvas, image.size)
+        numbers = masked.classes if masked.numbers is None else masked.numbers
+        mask = drawn.with_name(f"{drawn.stem}-mask.png")
+        few = numbers.max() < 256
+        save_png(Image.fromarray(numbers.astype(np.uint8 if few else np.uint16)), mask)
+        draw_masks(image, numbers, drawn)
+        proportions = {
+            name: float((masked.classes == number).mean())
+            for number, name in enumerate(model.class_names, 1)
+        }
+        counted = {"count": len(masked.scores)} if model.instances else {}
+        yield {
+            "path": str(file),
+            "proportions": proportions,
+            **counted,
+            "mask": str(mask),
+            "drawn": str(drawn),
+        }

@@ -145,7 +145,7 @@ def match(found: Sequence[Objects], truth: BoxedImages, num_classes: int) -> lis
             chosen = kinds == label
             objects_of = boxes[torch.from_numpy(labels == label)]
             positives[label, number] = len(objects_of)
-            hit = _pair(box_iou(own[chosen], objects_of).numpy())
+            hit = pair(box_iou(own[chosen], objects_of).numpy())
             images = torch.full((int(chosen.sum()),), number)
             parts[label].append((scores[chosen], images, torch.from_numpy(hit)))
     matches = []
@@ -157,7 +157,7 @@ def match(found: Sequence[Objects], truth: BoxedImages, num_classes: int) -> lis
     return matches
 
 
-def _pair(overlaps: np.ndarray) -> np.ndarray:
+def pair(overlaps: np.ndarray) -> np.ndarray:
     """Hits (10, D) of IoUs (D, objects), detections best first."""
     detections, objects = overlaps.shape
     hit = np.zeros((len(IOUS), detections), bool)

@@ -110,9 +110,9 @@ class Pyramid(nn.Module):
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.out_channels = channels
-        self.reduce = _convolution(width, channels, 1)
+        self.reduce = convolution(width, channels, 1)
         self.finer = nn.ConvTranspose2d(channels, channels, 2, 2)
-        self.smooth = nn.ModuleList(_convolution(channels, channels, 3) for _ in range(3))
+        self.smooth = nn.ModuleList(convolution(channels, channels, 3) for _ in range(3))
 
     def forward(self, maps: Tensor) -> list[Tensor]:
         """Levels (B, channels, …), finest first, of maps (B, width, rows, columns)."""
@@ -121,6 +121,7 @@ class Pyramid(nn.Module):
         return [smooth(level) for smooth, level in zip(self.smooth, levels, strict=True)]
 
 
-def _convolution(width: int, channels: int, side: int) -> nn.Sequential:
-    convolution = nn.Conv2d(width, channels, side, padding=side // 2, bias=False)
-    return nn.Sequential(convolution, nn.GroupNorm(_GROUPS, channels), nn.GELU())
+def convolution(width: int, channels: int, side: int) -> nn.Sequential:
+    """A convolution to so many channels, group norm, GELU."""
+    layer = nn.Conv2d(width, channels, side, padding=side // 2, bias=False)
+    return nn.Sequential(layer, nn.GroupNorm(min(_GROUPS, channels // 2), channels), nn.GELU())

@@ -15,9 +15,9 @@ from vpt.data.survey import check_images
 from vpt.dense import artefact
 from vpt.dense.canvas import Canvas, choose_canvas
 from vpt.dense.config import DetectConfig, SegmentConfig, load_dense
-from vpt.dense.detection import Detection
 from vpt.dense.fit import Record, fit
 from vpt.dense.images import CanvasImages, MapSource
+from vpt.dense.kinds import KINDS
 from vpt.dense.pyramid import Maps, attach
 from vpt.dense.split import Split, split_images
 from vpt.errors import InputError
@@ -86,7 +86,7 @@ def prepare(config: Config, log: Log = print) -> Prepared:
     Raises:
         InputError: anything that is wrong with the input.
     """
-    kind = Detection()
+    kind = KINDS[config.kind]
     source = kind.read(config.data)
     split = split_images(source.parts, config.data.shots, config.data.seed)
     patients = f" of {len(set(split.train.patients))} patients" if split.train.patients else ""

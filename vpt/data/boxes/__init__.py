@@ -1,22 +1,19 @@
 """Images with boxes. A layout of files is one file here, found by its name, known by content."""
 
-import csv
 import importlib
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
 from vpt import modules
-from vpt.data.images import reason
+from vpt.data.images import upright_size
+from vpt.data.patients import check_patients, patients_of, read_patients
 from vpt.errors import InputError, some
 
 _SLACK = 1.0  # pixels that a box may reach beyond its image without a word: rounding
-_ORIENTATION, _ON_THE_SIDE = 0x0112, {5, 6, 7, 8}  # EXIF: width and height change places
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +129,12 @@ def read_boxes(root: Path, patients: Path | None = None) -> BoxData:
     class_names = [name for name in class_names if name in used]
     if not class_names:
         raise InputError(f"data.root={root}: {found[0]} files without any box")
-    known = patients and _read_patients(patients)
+    known = patients and read_patients(patients)
     odd: dict[str, list[str]] = {}
     checked = {
         part: _check(root, images, class_names, known, odd) for part, images in parts.items()
     }
-    _check_patients(checked)
+    check_patients({part: images.patients for part, images in checked.items()})
     notes = [*notes, *(f"{len(files)} boxes {kind}: {_say(files)}" for kind, files in odd.items())]
     return BoxData(found[0], class_names, checked, notes)
 
@@ -184,64 +181,14 @@ def _check(
         sizes.append(size)
     names = [each.image.relative_to(root).as_posix() for each in images]
     files = [each.image for each in images]
-    return BoxedImages(files, names, boxes, labels, sizes, _patients_of(images, names, patients))
-
-
-def upright_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file as it is seen, from its header.
-
-    Raises:
-        InputError: not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION) in _ON_THE_SIDE
-            return image.size[::-1] if turned else image.size
-    except Exception as error:  # decoders raise anything
-        raise InputError(
-            f"{path}: not an image that can be read ({reason(error)}): replace or remove it"
-        ) from None
-
-
-def _read_patients(path: Path) -> dict[str, str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        return {row["image"]: row["patient"] for row in rows}
-    except OSError as error:
-        raise InputError(f"data.patients={path}: {error.strerror}: mend the path") from None
-    except KeyError as error:
-        raise InputError(f"data.patients={path}: no column {error}: give image,patient") from None
-
-
-def _patients_of(
-    images: Sequence[Annotated], names: Sequence[str], patients: Mapping[str, str] | None
-) -> list[str] | None:
-    found = [each.patient for each in images]
-    if patients is not None:
-        found = [
-            next(
-                (patients[key] for key in (n, Path(n).name, Path(n).stem) if key in patients), None
-            )
-            for n in names
-        ]
-    missing = [name for name, patient in zip(names, found, strict=True) if not patient]
-    if len(missing) == len(found) and patients is None:
-        return None
-    if missing:
-        raise InputError(
-            f"{len(missing)} images have no patient, first {missing[0]}: name one for each"
-        )
-    return found
-
-
-def _check_patients(parts: Mapping[str, BoxedImages]) -> None:
-    for (one, a), (other, b) in itertools.combinations(parts.items(), 2):
-        if shared := set(a.patients or ()) & set(b.patients or ()):
-            raise InputError(
-                f"{len(shared)} patients are in both {one} and {other}: {some(shared)}: move each "
-                "to one part"
-            )
+    return BoxedImages(
+        files,
+        names,
+        boxes,
+        labels,
+        sizes,
+        patients_of(names, [each.patient for each in images], patients),
+    )
 
 
 def _say(files: Sequence[str]) -> str:
