@@ -33,7 +33,7 @@ def main(root: str, out: str, *overrides: str) -> None:
 
 
 def table(out: Path) -> None:
-    """AP50 and AP in %, mean over seeds, and AP50 minus the head's, worst interval of the seeds."""
+    """AP50 and AP in %, mean over seeds, and AP50 minus the head's by seed."""
     print("|images|arm|seeds|AP|AP50|AP50 − head alone, by seed (95 % interval)|seconds|")
     print("|---|---|---|---|---|---|---|")
     for shots in SHOTS:

@@ -33,7 +33,7 @@ class Canvas(NamedTuple):
         """The image on the canvas, uint8 (height, width, 3), the rest of colour `fill`."""
         canvas = Image.new("RGB", (self.width, self.height), fill)
         canvas.paste(image.resize(self.fitted(image.size), Image.Resampling.BICUBIC))
-        return np.asarray(canvas)
+        return np.array(canvas)  # writable, as tensors want it
 
     def place_mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
         """Class numbers (h, w) on the canvas (height, width) by the nearest pixel; rest `fill`."""
