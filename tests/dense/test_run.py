@@ -16,6 +16,8 @@ from vpt.dense.compare import paired_difference
 from vpt.dense.config import load_dense
 from vpt.dense.run import run
 from vpt.errors import InputError
+from vpt.folder import RunFolder
+from vpt.report.runs import find_runs
 
 FAST = ["backbone.name=tiny_clip", "train.steps=4", "detect.channels=32", "detect.convs=1"]
 PARTS = {"train": draw(6), "val": draw(2, seed=1), "test": draw(3, seed=2)}
@@ -89,6 +91,13 @@ def test_from_boxes_to_predictions(tmp_path, good, cli):
     assert code == 1 and "holds a run" in err
     again = run(load_dense(str(folder / "config.yaml")), resume=True, log=print)
     assert again == metrics
+    with pytest.raises(InputError, match="no finished run below it"):  # the page is of classifiers
+        find_runs(folder)
+    good("train", "linear_probe", "data.name=digits", "backbone.name=tiny_clip", "data.shots=1",
+         f"out={tmp_path / 'classifier'}")  # fmt: skip
+    finished, others = find_runs(tmp_path)
+    assert [run.path.name for run in finished] == ["classifier"]
+    assert others == {RunFolder(folder): "of boxes or masks, which this page does not show"}
     assert paired_difference(folder, folder)["ap50_interval"] == [0, 0]
 
 

@@ -51,10 +51,10 @@ def diagnose(
     `fixed`: the backbone takes no other size.
     """
     found = matchable(images, canvas, patch, len(class_names))
-    shares = {name: value for name, value in zip(class_names, found, strict=True)}
-    few = {name: value for name, value in shares.items() if value < ENOUGH}
+    proportions = {name: value for name, value in zip(class_names, found, strict=True)}
+    few = {name: value for name, value in proportions.items() if value < ENOUGH}
     if not few:
-        return shares, []
+        return proportions, []
     said = ", ".join(f"{name} {1 - value:.1%}" for name, value in few.items())
     lines = [f"boxes that no place of the pyramid can match at {max(canvas)} px: {said}"]
     if not fixed:
@@ -63,6 +63,6 @@ def diagnose(
             larger = Canvas(*(round(side * growth / step) * step for side in canvas))
             again = matchable(images, larger, patch, len(class_names))
             if not any(value < ENOUGH for value in again):
-                return shares, [f"{lines[0]}; data.size={max(larger)} would do"]
+                return proportions, [f"{lines[0]}; data.size={max(larger)} would do"]
         lines = [f"{lines[0]}; no size up to {4 * max(canvas)} does: some boxes hide others"]
-    return shares, lines
+    return proportions, lines
