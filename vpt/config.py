@@ -307,6 +307,8 @@ def load_run(
     """
     path = _find(folder, config)
     file = read_yaml(path)
+    if "kind" in file:
+        raise InputError(f"{path}: kind={file.kind} is no run of a classifier: see vpt.dense")
     changes = changes_of(kind, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
@@ -399,6 +401,20 @@ def validate(model: type[Model], values: Any, where: str) -> Model:
         if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
             message = f"not a list: give {override(key, [value])}"
         raise InputError(f"{where}: {key}={value!r}: {message}") from None
+
+
+def find_config(config: str) -> Path:
+    """The file of a run's configuration: a path, or a name under configs/run."""
+    return _find("configs/run", config)
+
+
+def kind_of(config: str) -> str | None:
+    """The `kind` that a run's configuration names: detect, segment; None: it trains a classifier.
+
+    Raises:
+        InputError: no such file, or not YAML.
+    """
+    return read_yaml(find_config(config)).get("kind")
 
 
 def _find(folder: str, config: str) -> Path:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,7 @@ def prepare(
     check_method(config)
     for line in [describe(source, split, config.data), *source.notes, *split.notes]:
         log(f"data: {line}")
-    grey = _grey_range(survey, split, log)
+    grey = find_grey_range(survey, split.train.images, log)
     duplicates = _duplicates(config, split, grey, log)
 
     set_seed(config.train.seed)
@@ -346,13 +346,13 @@ def check_split_images(split: Split) -> Survey:
     return check_images(files, split.train.windows)
 
 
-def _grey_range(survey: Survey, split: Split, log: Log) -> Range | None:
+def find_grey_range(survey: Survey, images: Iterable[Any], log: Log) -> Range | None:
     """One range for all grey images with more than 8 bits, chosen from the training images.
 
     Raises:
         InputError: they have at most 8 bits, but others have values that need a range.
     """
-    training = {path for path in split.train.images if isinstance(path, Path)}
+    training = {path for path in images if isinstance(path, Path)}
     grey = choose_range(values for path, values in survey.grey.items() if path in training)
     if grey:
         log(f"grey images: values from {grey[0]:g} to {grey[1]:g}, as the training images have")

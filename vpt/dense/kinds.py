@@ -1,0 +1,8 @@
+"""What a run may be on."""
+
+from typing import Any
+
+from vpt.dense.detection import Detection
+from vpt.dense.segmentation import Segmentation
+
+KINDS: dict[str, Any] = {"detect": Detection(), "segment": Segmentation()}
