@@ -264,9 +264,6 @@ _FIRST_KEYS: dict[str, set[str]] = {
 }
 
 
-Run = TypeVar("Run", bound=RunConfig)
-
-
 class SuiteConfig(Strict):
     """Data sets × methods × shots × seeds on one backbone.
 
