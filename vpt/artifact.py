@@ -119,6 +119,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     method: type[methods.Method] | None = None,
     target: type[Target] | Target | None = None,
+    templates: Sequence[str] | None = None,
 ) -> methods.Method:
     """The prompted model of an artefact, in eval mode; its metadata is `model.metadata`.
 
@@ -131,6 +132,7 @@ def load(
         method: the class, where it was attached with one from outside this package: nothing is
             imported because an artefact names it.
         target: the same of the labels' kind.
+        templates: in place of its own, of a method whose class texts are hand-written.
 
     Raises:
         InputError: as `read`; another backbone than the one it was trained on; one that the
@@ -140,6 +142,8 @@ def load(
     tensors, metadata = read(path)
     kinds = find_kinds(path, metadata, method, target)
     adapted = _backbone(path, metadata, backbone)
+    if templates is not None and "templates" in metadata["options"]:
+        metadata["options"]["templates"] = list(templates)
     return build(path, tensors, metadata, adapted, *kinds, class_names, tokenizer)
 
 

@@ -29,6 +29,8 @@ Augment = Literal["none", "crop", "crop_flip"]
 Parts = Literal["train-test", "train-val", "trainval-test"]
 Values = Annotated[list[Any], Field(min_length=1)]
 Recipe = Literal["default", "paper"]
+Half = Literal["base", "new"]
+FileStem = Annotated[str, Field(pattern=r"^[\w-]+$")]
 Window = Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain", "stroke"]
 Patterns = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
@@ -74,6 +76,8 @@ class DataConfig(Strict):
     split: Parts = "train-test"  # what trains, and what tests
     # class names in label order; where they are the data's own in another order, labels follow
     classes: list[Text] | None = None
+    # base: the first half of the classes in label order, rounded up; new: the others; None: all
+    class_half: Half | None = None
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
     # patterns of paths, folders or names, of files to leave out, and of those to keep although they
@@ -187,6 +191,9 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     decision: DecisionConfig = DecisionConfig()
     engine: EngineConfig = EngineConfig()
+    # name: keys of `data` where the artefact is tested too, without training: put over the run's
+    # own, or with a `name` or `root` another data set. {new: {class_half: new}}
+    tests: dict[FileStem, dict[str, Any]] = {}
     out: File | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
     expected: Expected | None = None
 
@@ -194,7 +201,7 @@ class RunConfig(Strict):
     def hash(self) -> str:
         """Names the run: changes with every setting that can change its result."""
         without = {"data": {"workers", "duplicates"}, "engine": {"feature_cache"}}
-        exclude: dict[str, Any] = {"out": True, "expected": True, **without}
+        exclude: dict[str, Any] = {"out": True, "expected": True, "tests": True, **without}
         settings = self.model_dump(mode="json", exclude=exclude)
         changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
         counted = {}
@@ -241,6 +248,8 @@ class SuiteConfig(Strict):
     shots: list[PositiveInt | None] = Field([16], min_length=1)
     seeds: list[Seed] = Field([1, 2, 3], min_length=1)
     split: Literal["train-test", "trainval-test"] = "train-test"
+    class_half: Half | None = None  # as in `data`, of all runs
+    tests: dict[FileStem, dict[str, Any]] = {}  # as of a run; a data set named lies below root
     engine: EngineConfig = EngineConfig()
     settings: dict[str, dict[str, Any]] = {}  # METHOD[/DATA]: keys of its runs
     grid: dict[str, dict[str, dict[str, Values]]] = {}  # METHOD: section: key: values

@@ -42,6 +42,10 @@ class RunFolder:
         """The metrics; there only when the run is finished."""
         return self.path / "result.json"
 
+    def test(self, name: str) -> Path:
+        """The metrics of one of `tests`; there only when it is done."""
+        return self.path / "tests" / f"{name}.json"
+
     @property
     def checkpoint(self) -> Path:
         """State to resume from; there only while the run is not finished."""
@@ -54,7 +58,8 @@ class RunFolder:
 
 
 def default_folder(config: RunConfig) -> Path:
-    """runs/METHOD-DATA-SHOTSshot-seedSEED."""
+    """runs/METHOD-DATA[-HALF]-SHOTSshot-seedSEED."""
     data = config.data.name or (config.data.root.stem if config.data.root else "data")
+    data += f"-{config.data.class_half}" if config.data.class_half else ""
     shots = "all" if config.data.shots is None else f"{config.data.shots}shot"
     return Path("runs") / f"{config.method.name}-{data}-{shots}-seed{config.data.seed}"

@@ -114,7 +114,8 @@ def _class_names(
         raise InputError(
             f"{path}: token_prefix and token_suffix have {suffix.dim()} axes, wanted 3"
         )
-    table, tower = backbone.text.parts.token_embedding.weight.detach().cpu(), backbone.text
+    tower = backbone.text
+    table = tower.embed(torch.arange(tower.parts.vocab_size)).detach().cpu()
     if table.shape[0] != CLIP_VOCABULARY or table.shape[1] != suffix.shape[-1]:
         raise InputError(
             f"{path}: made for a text tower of width {suffix.shape[-1]} and CLIP's BPE"

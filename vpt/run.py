@@ -28,6 +28,7 @@ from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
 from vpt.methods import Method
+from vpt.new_classes import check_tests, run_tests
 from vpt.progress import Log
 from vpt.resources import package_version
 from vpt.training import fit as training
@@ -105,11 +106,13 @@ def run(
         InputError: bad input, or a folder that holds another run.
     """
     folder = RunFolder(config.out or default_folder(config))
-    if finished := _finished(folder, config, resume):
-        return finished
-    prepared = prepare(config, log)
-    history = fit(prepared, log, progress)
-    return write(prepared, history, test(prepared, log))
+    result = _finished(folder, config, resume)
+    if not result:
+        prepared = prepare(config, log)
+        history = fit(prepared, log, progress)
+        result = write(prepared, history, test(prepared, log))
+    run_tests(config, folder, result["accuracy"], log)
+    return result
 
 
 def prepare(config: RunConfig, log: Log = print) -> Prepared:
@@ -121,6 +124,7 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
     folder = RunFolder(config.out or default_folder(config))
     source = open_source(config.data)
     split = split_data(source, config.data)
+    source = source.half(config.data.class_half)
     _check_same_split(folder, split)
     survey = check_split_images(split)
     calibration = _calibration(config, source, split)
@@ -146,6 +150,7 @@ def prepare(config: RunConfig, log: Log = print) -> Prepared:
         **method_options(config, source),
     )
     find_loss(config.train.loss, model)
+    check_tests(config, model)
     tunable = num_tunable(model)
     log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
     return Prepared(config, folder, source, split, calibration, duplicates, model)

@@ -136,6 +136,15 @@ def test_only_new_images_are_computed(tmp_path):
     assert len(safetensors.torch.load_file(path)["names"]) == 9
 
 
+def test_all_new_images_are_computed_whatever_a_whole_set_leaves_of_its_batches(tmp_path):
+    """Five of 122 are new, where 122 leave 2 in their last batch."""
+    data = samples(np.arange(122) % len(NAMES))
+    fit(data=data.take(np.arange(117)), folder=tmp_path, epochs=1)
+    fit(data=data, folder=tmp_path, epochs=1)
+    (path,) = tmp_path.iterdir()
+    assert len(safetensors.torch.load_file(path)["names"]) == 122
+
+
 @pytest.mark.parametrize("broken", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-1] + b"\x7f"])
 def test_a_broken_file_is_made_again(tmp_path, broken):
     first = fit(folder=tmp_path)

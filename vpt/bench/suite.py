@@ -45,8 +45,9 @@ class Cell:
 
     def _run(self, setting: RunConfig, seed: Seed, split: Parts) -> RunConfig:
         data = setting.data.model_copy(update={"seed": seed, "split": split})
+        tests = {} if split == "train-val" else setting.tests
         train = setting.train.model_copy(update={"seed": seed})
-        config = setting.model_copy(update={"data": data, "train": train})
+        config = setting.model_copy(update={"data": data, "train": train, "tests": tests})
         folder = self.out / ("grid" if split == "train-val" else "runs")
         name = f"{default_folder(config).name}-{config.hash}"
         return config.model_copy(update={"out": folder / name})
@@ -123,7 +124,9 @@ def attempt(config: RunConfig) -> str | None:
 def _run_all(configs: Sequence[RunConfig], engine: Engine) -> Iterator[Outcome]:
     waiting = []
     for config in configs:
-        if RunFolder(config.out).result.is_file():
+        folder = RunFolder(config.out)
+        done = [folder.result, *(folder.test(name) for name in config.tests)]
+        if all(path.is_file() for path in done):
             yield config, None
         else:
             waiting.append(config)
@@ -149,10 +152,17 @@ def _setting(
         suite.settings.get(f"{method}/{data}", {}),
         point,
         {"data": {"name": data, "root": _root(suite, data), "shots": shots}},
+        {"data": {"class_half": suite.class_half}} if suite.class_half else {},
+        {"tests": {name: _test(suite, keys) for name, keys in suite.tests.items()}},
         where=f"{method} on {data}",
     )
     methods.check_options(method, config.method.options)
     return config
+
+
+def _test(suite: SuiteConfig, keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a test, with the place of the data set that they name."""
+    return {**keys, "root": _root(suite, keys["name"])} if "name" in keys else keys
 
 
 def _root(suite: SuiteConfig, data: str) -> str | None:

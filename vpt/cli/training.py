@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vpt.cli.app import Artefact, Overrides, app, first_process, say
+from vpt.errors import InputError
 
 
 @app.command()
@@ -40,11 +41,15 @@ def evaluate(
     every: Annotated[
         bool, typer.Option("--all", help="All of data.root is test data the prompt never saw.")
     ] = False,
+    other_classes: Annotated[
+        bool, typer.Option(help="Of data it was not trained on, such as data.class_half=new.")
+    ] = False,
 ) -> None:
     """Test an artefact on the held-out images of its data, or on other labelled images."""
     from vpt.inference import evaluate
 
-    _print_metrics(evaluate(artefact, overrides or [], every=every, log=say))
+    options = {"every": every, "other_classes": other_classes}
+    _print_metrics(evaluate(artefact, overrides or [], **options, log=say))
 
 
 @app.command()
@@ -55,14 +60,33 @@ def predict(
     checkpoint: Annotated[
         str | None, typer.Option(help="The backbone's weights, where they have moved.")
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(help="A class in place of its own, or a file of them, a line each; repeat."),
+    ] = None,
 ) -> None:
     """Classify images."""
     from vpt.inference import predict
 
-    for number, prediction in enumerate(predict(artefact, images, checkpoint, log=say)):
+    names = _names(classes) if classes else None
+    for number, prediction in enumerate(predict(artefact, images, checkpoint, names, log=say)):
         if number == 0 and "notice" in prediction:
             say(prediction["notice"])
         print(json.dumps(prediction) if as_json else "\t".join(_columns(prediction)))
+
+
+def _names(classes: list[str]) -> list[str]:
+    """The names among `classes`, and the lines of the files among them."""
+    found: list[str] = []
+    for name in classes:
+        try:
+            lines = (
+                Path(name).read_text("utf-8-sig").splitlines() if Path(name).is_file() else [name]
+            )
+        except ValueError:
+            raise InputError(f"{name}: not a text in UTF-8: give a class a line") from None
+        found += [line.strip() for line in lines if line.strip()]
+    return found
 
 
 def _columns(prediction: dict[str, Any]) -> list[str]:

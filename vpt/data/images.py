@@ -64,6 +64,11 @@ class Samples:
             patients=self.patients and [self.patients[i] for i in chosen],
         )
 
+    def of_classes(self, classes: Sequence[int]) -> "Samples":
+        """The samples with these labels, in rising order, which become 0, 1, …"""
+        chosen = self.take(np.flatnonzero(np.isin(self.labels, classes)))
+        return replace(chosen, labels=np.searchsorted(classes, chosen.labels))
+
     def content_hash(self) -> str:
         """SHA-256 of the images' own bytes, in their order, and of the windows."""
         hashed = hashlib.sha256(",".join(self.windows or ()).encode())

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from vpt.accelerator import Precision, make_accelerator
 from vpt.artifact import digest
@@ -111,9 +111,8 @@ class FrozenColumns:
     @torch.no_grad()
     def _compute(self, positions: Sequence[int]) -> dict[str, Tensor]:
         loader = DataLoader(
-            self.train.dataset,
+            Subset(self.train.dataset, positions),  # whose length accelerate counts by
             EVAL_BATCH,
-            sampler=positions,
             num_workers=self.train.num_workers,
             collate_fn=self.train.collate_fn,
         )
@@ -218,6 +217,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             whole = file.metadata()["sha256"] == digest(columns, key)
+            whole &= len({len(column) for column in columns.values()}) == 1
     except Exception:
         return None
     return columns if whole else None
