@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import ipaddress
 import logging
+import select
 import signal
 import socket
 import struct
@@ -148,9 +149,13 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list | None = None) -> None:
         """Take the connections that wait, and no more; answer all, and end."""
         self.service.ready = False
+        waiting = select.poll()
         for listening in sockets or []:
             _refuse_new(listening)
-        for _ in range(10):  # turns of the loop, in which it takes them and reads what they sent
+            waiting.register(listening, select.POLLIN)
+        while waiting.poll(0):
+            await asyncio.sleep(0)  # a turn of the loop, in which it takes one or all
+        for _ in range(10):  # and those in which it sets the last ones up
             await asyncio.sleep(0)
         await super().shutdown(sockets)
 
