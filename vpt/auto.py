@@ -71,14 +71,14 @@ class Candidate:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What result.json says of it."""
+        """Its entry in result.json."""
         log_loss = float(np.mean(self.losses)) if self.losses else None
         found = {"log_loss": log_loss, "accuracy": self.accuracy, "seconds": self.seconds}
         return {**found, "dropped": self.dropped} if self.dropped else found
 
     @property
     def line(self) -> str:
-        """The same for the user."""
+        """Its line for the user."""
         if self.dropped:
             return f"{self.name} is dropped after {self.seconds:.1f} s: {self.dropped}"
         log_loss = self.record["log_loss"]
@@ -272,7 +272,7 @@ class Comparison:
         return float(ttest_1samp(worse, 0, alternative="greater").pvalue)
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        """What an interrupted run on the same images has found, by the candidate's name."""
+        """Findings of an interrupted run on the same images, by the candidate's name."""
         if not self.folder.candidates.is_file():
             return {}
         kept = json.loads(self.folder.candidates.read_text())

@@ -14,16 +14,14 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
 from vpt import resources
 from vpt.digests import content
-from vpt.errors import InputError, nearest
-from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
+from vpt.errors import InputError
+from vpt.settings import apply_overrides, changes_of, merge, read_yaml, to_text, validate
 
-Model = TypeVar("Model", bound=BaseModel)
 Run = TypeVar("Run", bound="RunConfig")
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
@@ -376,30 +374,6 @@ def to_yaml(config: Strict) -> str:
     return to_text(config.model_dump(mode="json"))
 
 
-def validate(model: type[Model], values: Any, where: str) -> Model:
-    """`model(**values)`, with pydantic's errors said in one line each key; `where` names the file.
-
-    Raises:
-        InputError: an unknown key (with the nearest valid one), a wrong type, a value out of range.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            section, dot, last = key.rpartition(".")
-            fields = _fields_at(model, first["loc"][:-1])
-            hint = nearest(last, fields, before=section + dot)
-            raise InputError(f"{where}: unknown key {key!r}{hint}") from None
-        if first["type"] == "missing":
-            raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
-        value, message = first["input"], first["msg"].lower()
-        if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
-            message = f"not a list: give {override(key, [value])}"
-        raise InputError(f"{where}: {key}={value!r}: {message}") from None
-
-
 def find_config(config: str) -> Path:
     """The file of a run's configuration: a path, or a name under configs/run."""
     return _find("configs/run", config)
@@ -422,12 +396,3 @@ def _find(folder: str, config: str) -> Path:
 def _method_name(settings: Mapping[str, Any]) -> Any:
     section = settings.get("method")
     return section.get("name") if isinstance(section, Mapping) else None
-
-
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        if part not in model.model_fields:  # a task
-            continue
-        annotation = model.model_fields[part].annotation
-        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), model)
-    return list(model.model_fields)

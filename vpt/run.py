@@ -3,10 +3,9 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +16,19 @@ from vpt import artifact, auto, backbones, methods
 from vpt.accelerator import processes
 from vpt.auto import Candidate
 from vpt.backbones import Backbone
-from vpt.config import DataConfig, DecisionConfig, RunConfig, load_run, to_yaml
-from vpt.data.duplicates import Duplicate, find_duplicates
+from vpt.checks import (
+    calibration_samples,
+    check_split_images,
+    describe,
+    find_grey_range,
+    search_duplicates,
+)
+from vpt.config import RunConfig, load_run, to_yaml
+from vpt.data.duplicates import Duplicate
 from vpt.data.fewshot import Split, split_data
-from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
-from vpt.data.survey import Survey, check_images
 from vpt.errors import InputError
-from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_metrics
+from vpt.evaluation.decision import Decision, fit_decision, resampled_metrics
 from vpt.evaluation.evaluate import confusion, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
@@ -157,12 +161,12 @@ def prepare(
     source = source.half(config.data.class_half)
     _check_same_split(folder, split)
     survey = check_split_images(split)
-    calibration = _calibration(config, source, split)
+    calibration = calibration_samples(config, source, split)
     check_method(config)
     for line in [describe(source, split, config.data), *source.notes, *split.notes]:
         log(f"data: {line}")
     grey = find_grey_range(survey, split.train.images, log)
-    duplicates = _duplicates(config, split, grey, log)
+    duplicates = search_duplicates(config, split, grey, log)
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
@@ -179,17 +183,14 @@ def prepare(
     check_tests(config, model)
     if config.auto is None:
         find_loss(config.train.loss, model)
-        tunable = num_tunable(model)
         passes = "" if model.passes == 1 else f", {model.passes:.2f} passes of a test image"
-        tunable_text = f"{tunable:,} tunable parameters{passes}"
-        log(f"method: {model.name} on {config.backbone.name}, {tunable_text}")
+        tunable = f"{num_tunable(model):,} tunable parameters"
+        log(f"method: {model.name} on {config.backbone.name}, {tunable}{passes}")
     elif config.init_from:
         raise InputError("init_from: auto chooses the method first: drop it, or name a method")
     started = {"init_from": start(model, config, split.train, log)} if config.init_from else {}
-    prepared = Prepared(
-        config, folder, source, split, calibration, duplicates, backbone, config, model
-    )
-    return replace(prepared, started=started)
+    read = config, folder, source, split, calibration, duplicates
+    return Prepared(*read, backbone, config, model, started=started)
 
 
 def check_method(config: RunConfig) -> None:
@@ -337,76 +338,6 @@ def _keep(prepared: Prepared, history: list[Record], **details: Any) -> None:
 def json_lines(records: Sequence[dict[str, Any]]) -> bytes:
     """A JSON record a line."""
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
-
-
-def check_split_images(split: Split) -> Survey:
-    """Decode every image file of the split once, so that a broken one is said before training."""
-    parts = [p for p in (split.train, split.val, split.calibration, split.test) if p is not None]
-    files = [path for part in parts for path in part.images if isinstance(path, Path)]
-    return check_images(files, split.train.windows)
-
-
-def find_grey_range(survey: Survey, images: Iterable[Any], log: Log) -> Range | None:
-    """One range for all grey images with more than 8 bits, chosen from the training images.
-
-    Raises:
-        InputError: they have at most 8 bits, but others have values that need a range.
-    """
-    training = {path for path in images if isinstance(path, Path)}
-    grey = choose_range(values for path, values in survey.grey.items() if path in training)
-    if grey:
-        log(f"grey images: values from {grey[0]:g} to {grey[1]:g}, as the training images have")
-    survey.through(grey, log).check()
-    return grey
-
-
-def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | None:
-    """The calibration images, or without any the validation images, if a decision is wanted."""
-    if config.decision == DecisionConfig():
-        return None
-    samples = split.val if split.calibration is None else split.calibration
-    if samples is None:
-        raise InputError(
-            f"decision: {source.name} has no calibration and no validation images: give "
-            "data.calibration=PROPORTION, or add a val part"
-        )
-    labels = torch.from_numpy(samples.labels)
-    check_decision(config.decision, samples.target, labels, source.class_names)
-    return samples
-
-
-def _duplicates(config: RunConfig, split: Split, grey: Range | None, log: Log) -> list[Duplicate]:
-    """Test images that look like training images, unless `data.duplicates` is ignore."""
-    wanted = config.data.duplicates or ("stop" if split.train.patients else "warn")
-    if wanted == "ignore":
-        return []
-    pairs = find_duplicates(split, grey)
-    if pairs:
-        parts = "test and calibration" if split.calibration else "test"
-        number = len(split.test) + len(split.calibration or ())
-        found = (
-            f"{len(pairs)} of {number} {parts} images look like a training image, first "
-            f"{pairs[0].test} like {pairs[0].train}"
-        )
-        if wanted == "stop":
-            for pair in pairs:
-                log(f"{pair.test} looks like {pair.train}")
-            raise InputError(f"{found}: remove them, or give data.duplicates=warn")
-        log(f"{found}: see duplicates.jsonl in the run folder")
-    return pairs
-
-
-def describe(source: Source, split: Split, data: DataConfig) -> str:
-    """The split in words."""
-    shots = f", shots of {data.shots} {data.shots_per}s a class" if data.shots else ""
-    patients = f" from {len(set(split.train.patients))} patients" if split.train.patients else ""
-    held = f", {len(split.calibration)} calibration" if split.calibration else ""
-    val = f", {len(split.val)} validation" if split.val is not None else ""
-    return (
-        f"{source.name}{shots}, {len(source.class_names)} classes{source.target.wording}, "
-        f"{len(split.train)} training"
-        f"{patients}{val}{held}, {len(split.test)} test images, split {split.hash}"
-    )
 
 
 def _check_same_split(folder: RunFolder, split: Split) -> None:

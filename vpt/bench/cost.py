@@ -52,7 +52,7 @@ def bench(overrides: Sequence[str], out: Path, rounds: int) -> None:
 
 
 def _alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `function` returns in a new process, whose memory is its own."""
+    """Return value of `function` in a new process, whose memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 

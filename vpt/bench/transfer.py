@@ -231,7 +231,7 @@ def _target(
 
 
 def _choice(suite: TransferConfig, target: str, shots: int | None, seed: int, out: Path) -> str:
-    """What `init_from=auto` chooses; nothing is trained."""
+    """The choice of `init_from=auto`; nothing is trained."""
     start = f"{AUTO}{out / 'from' / target}"
     config = _run(suite, target, shots, seed, out / "chosen", init_from=start)
     data = config.data.model_copy(update={"duplicates": "ignore"})

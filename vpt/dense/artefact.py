@@ -6,12 +6,12 @@ from typing import Any
 from torch import nn
 
 from vpt import artifact
-from vpt.config import validate
 from vpt.dense.config import CONFIGS, DetectHeadConfig, SegmentHeadConfig
 from vpt.dense.detector import Detector
 from vpt.dense.pyramid import Maps, attach
 from vpt.dense.segmenter import Segmenter
 from vpt.errors import InputError
+from vpt.settings import validate
 
 Model = Detector | Segmenter
 

@@ -8,19 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vpt import resources
-from vpt.config import (
-    BackboneConfig,
-    File,
-    MethodConfig,
-    Seed,
-    Strict,
-    Text,
-    find_config,
-    validate,
-)
+from vpt.config import BackboneConfig, File, MethodConfig, Seed, Strict, Text, find_config
 from vpt.data.masks import Masks
 from vpt.errors import InputError
-from vpt.settings import changes_of, merge, read_yaml
+from vpt.settings import changes_of, merge, read_yaml, validate
 
 Layers = Annotated[list[NonNegativeInt], Field(min_length=1)]
 
@@ -58,7 +49,7 @@ class DenseTrainConfig(Strict):
 
 
 class DetectHeadConfig(Strict):
-    """What stands on the maps: a pyramid and torchvision's FCOS."""
+    """Detector on the maps: a pyramid and torchvision's FCOS."""
 
     layers: Layers | None = None  # blocks whose maps it reads; None: four at quarter depths
     channels: PositiveInt = Field(128, multiple_of=32)
@@ -68,7 +59,7 @@ class DetectHeadConfig(Strict):
 
 
 class SegmentHeadConfig(Strict):
-    """What stands on the maps: a small decoder."""
+    """Segmenter on the maps: a small decoder."""
 
     layers: Layers | None = None  # as in `DetectHeadConfig`
     channels: PositiveInt = Field(128, multiple_of=32)
@@ -76,7 +67,7 @@ class SegmentHeadConfig(Strict):
 
 
 class DenseConfig(Strict):
-    """What runs on boxes and masks have in common."""
+    """Common keys of runs on boxes and on masks."""
 
     backbone: BackboneConfig
     data: DenseDataConfig

@@ -1,4 +1,4 @@
-"""What a run on boxes does at each of its stages."""
+"""Stages of a run on boxes."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Detection:
     def diagnose(
         self, images: BoxedImages, canvas: Canvas, patch: int, class_names: list[str], fixed: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        """What result.json keeps of the data's diagnosis, and lines for the user."""
+        """The data's diagnosis for result.json, and lines for the user."""
         found, lines = diagnose(images, canvas, patch, class_names, fixed)
         return {"matchable": found}, lines
 

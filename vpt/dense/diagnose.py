@@ -46,7 +46,7 @@ def matchable(images: BoxedImages, canvas: Canvas, patch: int, num_classes: int)
 def diagnose(
     images: BoxedImages, canvas: Canvas, patch: int, class_names: Sequence[str], fixed: bool
 ) -> tuple[dict[str, float], list[str]]:
-    """That proportion by class, and lines on classes with too few, with the size that would do.
+    """The proportion by class, and lines on classes with too few, with the size that would do.
 
     `fixed`: the backbone takes no other size.
     """

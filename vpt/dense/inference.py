@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from vpt import artifact, backbones
-from vpt.config import BackboneConfig, Strict, validate
+from vpt.config import BackboneConfig, Strict
 from vpt.data.images import read_image
 from vpt.dense import artefact
 from vpt.dense.canvas import Canvas
@@ -32,7 +32,7 @@ from vpt.folder import RunFolder
 from vpt.inference import survey
 from vpt.progress import Log
 from vpt.run import NOTICE
-from vpt.settings import apply_overrides, read_yaml
+from vpt.settings import apply_overrides, read_yaml, validate
 
 
 class DetectSettings(Strict):
@@ -110,7 +110,7 @@ def predict(
     checkpoint: str | None = None,
     log: Log = print,
 ) -> Iterator[dict[str, Any]]:
-    """What is found in each image file, in order; folders are searched.
+    """Objects or masks found in each image file, in order; folders are searched.
 
     `out` gets each image with it drawn, as PNG. Of boxes, those at or above the artefact's
     threshold; when all are done, `out` has `detections.json`, in COCO's form with scores. Of masks,

@@ -1,4 +1,4 @@
-"""What a run may be on."""
+"""Kinds of dense runs: on boxes, on masks."""
 
 from typing import Any
 

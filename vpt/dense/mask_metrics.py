@@ -15,7 +15,7 @@ from vpt.evaluation.bootstrap import intervals
 
 
 class Masked(NamedTuple):
-    """What was predicted of an image.
+    """Prediction on an image.
 
     Attributes:
         classes: (h, w), 0 for background; of instances 1 for the foreground.

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import set_seed
 
 from vpt import backbones
+from vpt.checks import find_grey_range
 from vpt.config import to_yaml
 from vpt.data.survey import check_images
 from vpt.dense import artefact
@@ -25,14 +26,14 @@ from vpt.files import write_atomically
 from vpt.folder import RunFolder
 from vpt.progress import Log
 from vpt.resources import package_version
-from vpt.run import NOTICE, find_grey_range
+from vpt.run import NOTICE
 
 Config = DetectConfig | SegmentConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What `prepare` read and checked, and the model to train."""
+    """Result of `prepare`: data that it read and checked, and the model to train."""
 
     config: Config
     folder: RunFolder

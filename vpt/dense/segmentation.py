@@ -1,4 +1,4 @@
-"""What a run on masks does at each of its stages."""
+"""Stages of a run on masks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ class Segmentation:
         return read_masks(data.root, data.masks, data.classes, data.patients)
 
     def describe(self, images: MaskedImages, class_names: list[str]) -> str:
-        """What the training images' masks are, in words."""
+        """Description of the training images' masks."""
         return f"{images.kind} masks of {', '.join(class_names)}"
 
     def diagnose(

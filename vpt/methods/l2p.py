@@ -62,7 +62,7 @@ class L2P(QueryPrompts):
         return self.backbone.widths[-1]
 
     def first_layer(self) -> int:
-        """That of the option."""
+        """The block of the option `layer`."""
         return self.options.layer
 
     def pick(self, query: Tensor) -> Prompts:

@@ -85,7 +85,7 @@ class RanPAC(Tokens):
         return list(range(self.backbone.num_layers))
 
     def learned_prompts(self, count: int) -> Prompts | None:
-        """Those of the first session."""
+        """Prompts of the first session."""
         return None if self.prompts is None else super().learned_prompts(count)
 
     def make_constants(self) -> None:

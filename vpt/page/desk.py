@@ -1,4 +1,4 @@
-"""What the page does, without the page: predicts with a task's prompt, compares, trains."""
+"""The page's work, without the page: predicts with a task's prompt, compares, trains."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ LEAST = 2  # images a class: one trains, one tests
 
 
 class Shown(NamedTuple):
-    """What one task says of an image."""
+    """A task's prediction on an image."""
 
     probabilities: dict[str, float]
     verdict: str  # in Markdown
@@ -62,12 +62,12 @@ class Desk:
         return sorted(self.bank)
 
     def others(self, name: str) -> list[str]:
-        """What `name` can be compared with: other tasks, and hand-written texts on a CLIP."""
+        """Alternatives to `name`: other tasks, and on a CLIP hand-written texts."""
         zero_shot = [ZERO_SHOT] if hasattr(self.backbone, "encode_texts") else []
         return zero_shot + [other for other in self.names if other != name]
 
     def show(self, file: str | Path, name: str, other: str | None = None) -> Shown:
-        """What `name`, or instead `other`, says of an image file.
+        """Prediction of `name`, or of `other` in its place, on an image file.
 
         Compared with `name`, zero-shot is of its class names.
 

@@ -20,13 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vpt import artifact, backbones
 from vpt.backbones.base import Backbone
-from vpt.config import validate
 from vpt.errors import InputError
 from vpt.progress import Log
 from vpt.serve.app import create_app
 from vpt.serve.limits import Limits, read_tokens
 from vpt.serve.service import Service
-from vpt.settings import apply_overrides
+from vpt.settings import apply_overrides, validate
 
 
 def serve(

@@ -101,7 +101,7 @@ def read_upload(data: bytes, preprocess: Preprocess, metadata: Mapping[str, Any]
 def open_upload(
     data: bytes, metadata: Mapping[str, Any], use: Callable[[Image.Image], Result]
 ) -> Result:
-    """What `use` makes of an image file for the artefact of `metadata`.
+    """Result of `use` on an image file for the artefact of `metadata`.
 
     As `vpt predict` reads it: upright, through the artefact's grey range and CT windows.
 

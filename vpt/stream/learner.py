@@ -1,4 +1,4 @@
-"""What learns a stream: a method and a strategy, stage by stage, each a run of its own."""
+"""Learners of a stream: a method and a strategy, stage by stage, each a run of its own."""
 
 import copy
 from dataclasses import dataclass, field, replace

@@ -75,7 +75,7 @@ def _learner(
 def _control(
     root: Path, config: StreamConfig, whole: Prepared, tasks: list[Task], progress: bool
 ) -> Learner | None:
-    """The same without prompts: the head alone, fitted in the same way; None if there are none."""
+    """Result without prompts: the head alone, fitted in the same way; None if there are none."""
     backbone = whole.model.backbone
     size = backbone.preprocess.image_size
     blank = torch.zeros(1, backbone.preprocess.channels, size, size, device=backbone.device)

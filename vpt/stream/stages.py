@@ -24,7 +24,7 @@ class Stage:
 
     @property
     def folder(self) -> RunFolder:
-        """Those of any run; its result.json is of all classes so far."""
+        """Files as of any run; its result.json is of all classes so far."""
         return RunFolder(self.root / f"task{self.number + 1:02d}")
 
     @property

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from vpt import losses
 from vpt.accelerator import make_accelerator
-from vpt.config import EngineConfig, TrainConfig, validate
+from vpt.config import EngineConfig, TrainConfig
 from vpt.data.loaders import CACHE_BYTES
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import EVAL_BATCH, evaluate, predict
@@ -28,6 +28,7 @@ from vpt.methods import Method
 from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
 from vpt.progress import Log, TrainingBar
+from vpt.settings import validate
 from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
 from vpt.training.epochs import Record, epochs
 from vpt.training.features import FrozenColumns, current_features, image_features

@@ -56,7 +56,7 @@ class BoxedImages:
 
 
 class Annotated(NamedTuple):
-    """What a layout read of one image: boxes as `BoxedImages` has them, but unchecked."""
+    """One image as a layout read it: boxes as `BoxedImages` has them, but unchecked."""
 
     image: Path
     where: str  # the file that says so, for messages
