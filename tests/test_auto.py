@@ -120,14 +120,15 @@ def test_pace(monkeypatch):
     stages = [("a", 10), ("b", 10), ("on all images", 20)]
     with auto._Pace(stages, False, left=100) as pace:
         pace.next_stage()
-        for _ in range(2):  # the first steps are slow, and not judged
-            now[0] += 2
-            pace.tick()
+        now[0] += 2  # of computing features
+        pace.tick()
+        now[0] += 2
+        pace.tick()
         for _ in range(8):
             now[0] += 2.4
             pace.tick()
         now[0] += 20
-        with pytest.raises(auto._Dropped, match=r"needs 173 s, and 100 s are left"):
+        with pytest.raises(auto._Dropped, match=r"needs 181 s, and 100 s are left"):
             pace.tick()
 
 

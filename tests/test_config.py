@@ -6,12 +6,12 @@ from stored import FOLDER
 
 import vpt
 from vpt import methods, resources
-from vpt.config import RunConfig, Strict, TrainConfig, load_run, to_yaml
+from vpt.config import RunConfig, Strict, TrainConfig, kind_of, load_run, to_yaml
 from vpt.errors import InputError
 from vpt.run import check_method
 from vpt.settings import read_yaml
 
-RUNS = resources.names("configs/run")
+RUNS = [name for name in resources.names("configs/run") if kind_of(name) is None]
 METHODS = methods.names()
 
 

@@ -36,24 +36,34 @@ def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
     path = Path(path)
     if model.is_folded:
         raise InputError(f"{path}: a folded model has no prompts to save: save the model it is of")
-    config = model.backbone.config
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.artifact_tensors().items()}
     known = model.target.name in {"multiclass", "multilabel"}  # to every version
     metadata = {
-        "format": FORMAT,
-        "version": package_version(),
         "method": model.name,
         "options": model.options.model_dump(mode="json"),
         "class_names": model.class_names,
         "multilabel": model.target.name == "multilabel",
         **({} if known else {"target": model.target.name}),
-        "preprocess": model.backbone.preprocess.to_dict(),
+        **details,
+    }
+    return write(path, model.artifact_tensors(), model.backbone, metadata)
+
+
+def write(
+    path: str | Path, tensors: dict[str, Tensor], backbone: Backbone, metadata: dict[str, Any]
+) -> Path:
+    """Write tensors, what they are, and the backbone that they belong to, atomically."""
+    path, config = Path(path), backbone.config
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": package_version(),
+        "preprocess": backbone.preprocess.to_dict(),
         "backbone": {
             "name": config.name if config else None,
             "checkpoint": config.checkpoint if config else None,
-            **model.backbone.identity(),
+            **backbone.identity(),
         },
-        **details,
+        **metadata,
     }
     write_atomically(path, to_bytes(tensors, metadata))
     return path
@@ -142,7 +152,7 @@ def load(
     """
     tensors, metadata = read(path)
     kinds = find_kinds(path, metadata, method, target)
-    adapted = _backbone(path, metadata, backbone)
+    adapted = find_backbone(path, metadata, backbone)
     if templates is not None and "templates" in metadata["options"]:
         metadata["options"]["templates"] = list(templates)
     return build(path, tensors, metadata, adapted, *kinds, class_names, tokenizer)
@@ -231,8 +241,14 @@ def start_from(model: methods.Method, path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _backbone(path: str | Path, metadata: dict[str, Any], backbone: nn.Module | None) -> Backbone:
-    """The backbone of an artefact, given or loaded by its name, checked to be the one."""
+def find_backbone(
+    path: str | Path, metadata: dict[str, Any], backbone: nn.Module | None = None
+) -> Backbone:
+    """The backbone of an artefact, given or loaded by its name, checked to be the one.
+
+    Raises:
+        InputError: it can't name its backbone, or this is another.
+    """
     made_for = metadata["backbone"]
     if backbone is None:
         if made_for["name"] is None:
@@ -287,6 +303,11 @@ def find_kinds(
     Raises:
         InputError: one from outside that is not given, or another than the artefact's.
     """
+    if "kind" in metadata:
+        raise InputError(
+            f"{path}: no classifier, its kind is {metadata['kind']}: give it to vpt predict, vpt "
+            "eval or vpt.dense.artefact.load"
+        )
     kind = "multilabel" if metadata.get("multilabel") else "multiclass"
     return (
         _known(path, "method", metadata["method"], method, methods.names()),

@@ -71,14 +71,14 @@ class Candidate:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What result.json says of it."""
+        """Its entry in result.json."""
         log_loss = float(np.mean(self.losses)) if self.losses else None
         found = {"log_loss": log_loss, "accuracy": self.accuracy, "seconds": self.seconds}
         return {**found, "dropped": self.dropped} if self.dropped else found
 
     @property
     def line(self) -> str:
-        """The same for the user."""
+        """Its line for the user."""
         if self.dropped:
             return f"{self.name} is dropped after {self.seconds:.1f} s: {self.dropped}"
         log_loss = self.record["log_loss"]
@@ -272,7 +272,7 @@ class Comparison:
         return float(ttest_1samp(worse, 0, alternative="greater").pvalue)
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        """What an interrupted run on the same images has found, by the candidate's name."""
+        """Findings of an interrupted run on the same images, by the candidate's name."""
         if not self.folder.candidates.is_file():
             return {}
         kept = json.loads(self.folder.candidates.read_text())
@@ -295,18 +295,23 @@ class _Pace(TrainingBar):
     def __init__(self, stages: Sequence[tuple[str, int]], show: bool, left: float) -> None:
         super().__init__(stages, show)
         self.left, self.begin = left, time.monotonic()
+        self.first: tuple[float, int] | None = None  # when a batch was read first, and its number
 
     def tick(self) -> None:
         """A batch was read."""
         super().tick()
+        if self.first is None:  # features, which are computed once, come before
+            self.first = time.monotonic(), self.done
         self.check()
 
     def check(self) -> None:
         """Drop the candidate if its time is up, or will be by its pace."""
-        spent = time.monotonic() - self.begin
-        needed = spent * self.total / self.done if self.done else spent
-        # all processes go on together, or none
-        (needed,) = broadcast_object_list([needed if spent > WARM_UP * self.left else 0])
+        now = time.monotonic()
+        needed = now - self.begin
+        if self.first and now - self.first[0] > WARM_UP * self.left and self.done > self.first[1]:
+            pace = (now - self.first[0]) / (self.done - self.first[1])
+            needed += pace * (self.total - self.done)
+        (needed,) = broadcast_object_list([needed])  # all processes go on together, or none
         if needed >= self.left:
             raise _Dropped(f"it needs {needed:.0f} s, and {max(self.left, 0):.0f} s are left")
 

@@ -14,16 +14,15 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
 from vpt import resources
 from vpt.digests import content
-from vpt.errors import InputError, nearest
-from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
+from vpt.errors import InputError
+from vpt.settings import apply_overrides, changes_of, merge, read_yaml, to_text, validate
 
-Model = TypeVar("Model", bound=BaseModel)
+Run = TypeVar("Run", bound="RunConfig")
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Task = Annotated[Text, Field(pattern=r"^\w[\w .-]*$")]  # names a file
@@ -228,7 +227,8 @@ class RunConfig(Strict):
         """Names the run: changes with every setting that can change its result."""
         workers = {"workers", "duplicates"}
         without = {"data": workers, "tasks": {"__all__": workers}, "engine": {"feature_cache"}}
-        exclude: dict[str, Any] = {"out": True, "expected": True, "tests": True, **without}
+        exclude: dict[str, Any] = dict.fromkeys(("out", "expected", "tests", "published"), True)
+        exclude |= without
         settings = self.model_dump(mode="json", exclude=exclude)
         changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
         counted: dict[str, Any] = {}
@@ -262,9 +262,6 @@ _FIRST_KEYS: dict[str, set[str]] = {
 }
 
 
-Run = TypeVar("Run", bound=RunConfig)
-
-
 class SuiteConfig(Strict):
     """Data sets × methods × shots × seeds on one backbone.
 
@@ -288,13 +285,13 @@ class SuiteConfig(Strict):
     published: dict[str, list[Published]] = {}  # group of data sets: its means
 
 
-def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run configuration `config`, a path or a name under configs/run, with `key=value`s."""
-    return load_as(RunConfig, "configs/run", config, overrides)
-
-
-def load_as(kind: type[Run], folder: str, config: str, overrides: Sequence[str] = ()) -> Run:
-    """A configuration of a `kind` of run, a path or a name under `folder`, with `key=value`s.
+def load_run(
+    config: str,
+    overrides: Sequence[str] = (),
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+    folder: str = "configs/run",
+) -> Run:
+    """The run configuration `config`, a path or a name under `folder`, with `key=value`s.
 
     The method's own recipe comes first, from configs/method or, with `recipe=paper`, configs/paper;
     then the file, then the overrides. An override of `method.name` drops what the file says for the
@@ -305,6 +302,8 @@ def load_as(kind: type[Run], folder: str, config: str, overrides: Sequence[str] 
     """
     path = _find(folder, config)
     file = read_yaml(path)
+    if "kind" in file:
+        raise InputError(f"{path}: kind={file.kind} is no run of a classifier: see vpt.dense")
     changes = changes_of(kind, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
@@ -313,27 +312,28 @@ def load_as(kind: type[Run], folder: str, config: str, overrides: Sequence[str] 
     method = named if chosen is None else chosen
     if not method or not isinstance(method, str):
         raise InputError(f"{path}: method.name is missing: give method.name=NAME")
-    return validate(kind, _over_recipe(method, file, changes), where=config)
+    return compose(method, file, changes, where=config, kind=kind)
 
 
-def compose(method: str, *settings: Any, where: str) -> RunConfig:
+def compose(
+    method: str,
+    *settings: Any,
+    where: str,
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+) -> Run:
     """The recipe of `method` with each of `settings` put over it.
 
     Raises:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
-    return validate(RunConfig, _over_recipe(method, *settings), where)
-
-
-def _over_recipe(method: str, *settings: Any) -> dict[str, Any]:
     chosen = merge({}, *settings)
     if method != AUTO and chosen.get("auto") is not None:
-        raise InputError(f"auto.… is of `vpt train auto`, not of {method}: drop it")
+        raise InputError(f"{where}: auto.… is of `vpt train auto`, not of {method}: drop it")
     if method == AUTO:
         recipe = read_yaml(resources.find("configs/run", AUTO))
     else:
         recipe = _recipe(method, chosen.get("recipe"))
-    return merge(recipe, chosen)
+    return validate(kind, merge(recipe, chosen), where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:
@@ -374,28 +374,18 @@ def to_yaml(config: Strict) -> str:
     return to_text(config.model_dump(mode="json"))
 
 
-def validate(model: type[Model], values: Any, where: str) -> Model:
-    """`model(**values)`, with pydantic's errors said in one line each key; `where` names the file.
+def find_config(config: str) -> Path:
+    """The file of a run's configuration: a path, or a name under configs/run."""
+    return _find("configs/run", config)
+
+
+def kind_of(config: str) -> str | None:
+    """The `kind` that a run's configuration names: detect, segment; None: it trains a classifier.
 
     Raises:
-        InputError: an unknown key (with the nearest valid one), a wrong type, a value out of range.
+        InputError: no such file, or not YAML.
     """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            section, dot, last = key.rpartition(".")
-            fields = _fields_at(model, first["loc"][:-1])
-            hint = nearest(last, fields, before=section + dot)
-            raise InputError(f"{where}: unknown key {key!r}{hint}") from None
-        if first["type"] == "missing":
-            raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
-        value, message = first["input"], first["msg"].lower()
-        if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
-            message = f"not a list: give {override(key, [value])}"
-        raise InputError(f"{where}: {key}={value!r}: {message}") from None
+    return read_yaml(find_config(config)).get("kind")
 
 
 def _find(folder: str, config: str) -> Path:
@@ -406,12 +396,3 @@ def _find(folder: str, config: str) -> Path:
 def _method_name(settings: Mapping[str, Any]) -> Any:
     section = settings.get("method")
     return section.get("name") if isinstance(section, Mapping) else None
-
-
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        if part not in model.model_fields:  # a task
-            continue
-        annotation = model.model_fields[part].annotation
-        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), model)
-    return list(model.model_fields)

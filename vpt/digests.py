@@ -20,7 +20,7 @@ def sources(init_from: str) -> list[Path]:
 
 
 def content(init_from: str) -> list[str]:
-    """What `init_from` means, wherever its files lie.
+    """Content that `init_from` means, wherever its files lie.
 
     Raises:
         InputError: as `sources` and `stored_digest`.

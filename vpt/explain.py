@@ -132,7 +132,7 @@ def nearest_words(context: Tensor, model: Method, count: int = 5) -> list[dict[s
 
 @torch.no_grad()
 def explain_classes(model: Method) -> dict[str, dict[str, Any]]:
-    """What learning changed in the class embeddings, by class.
+    """Changes that learning made to the class embeddings, by class.
 
     Of each, `shift`: the cosine to the embedding of its name in "a photo of a {}."; and `nearest`:
     the most similar other class, with the cosine, `before` and `after`.

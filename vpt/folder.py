@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def candidates(self) -> Path:
-        """What is known of an auto run's candidates; there only while it is not finished."""
+        """Findings on an auto run's candidates; there only while it is not finished."""
         return self.path / "candidates.json"
 
     @property

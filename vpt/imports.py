@@ -23,7 +23,6 @@ from vpt.config import (
     Strict,
     TrainConfig,
     apply_overrides,
-    validate,
 )
 from vpt.data.loaders import make_loader
 from vpt.data.sources import open_source
@@ -34,6 +33,7 @@ from vpt.methods.linear_probe import solve_head
 from vpt.official import LAYOUTS, TOKENS, State, lay_out
 from vpt.progress import Log
 from vpt.run import prepare
+from vpt.settings import validate
 from vpt.training.features import image_features
 from vpt.training.training_set import Batches, TrainingSet
 

@@ -8,12 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vpt import artifact, backbones
-from vpt.config import (
-    BackboneConfig,
-    DataConfig,
-    Strict,
-    validate,
-)
+from vpt.config import BackboneConfig, DataConfig, Strict
 from vpt.data.fewshot import absent_classes, split_data
 from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
@@ -26,7 +21,7 @@ from vpt.methods import Method
 from vpt.new_classes import evaluate_on
 from vpt.progress import Log
 from vpt.run import NOTICE
-from vpt.settings import apply_overrides, override, read_yaml
+from vpt.settings import apply_overrides, override, read_yaml, validate
 
 
 class Settings(Strict):

@@ -10,7 +10,7 @@ from torch import nn
 
 from vpt import artifact, backbones
 from vpt.accelerator import processes
-from vpt.config import DataConfig, RunConfig, validate
+from vpt.config import DataConfig, RunConfig
 from vpt.data.fewshot import split_data
 from vpt.data.images import Samples
 from vpt.data.sources import Source, open_source
@@ -22,6 +22,7 @@ from vpt.files import write_atomically
 from vpt.folder import RunFolder
 from vpt.methods import Method
 from vpt.progress import Log
+from vpt.settings import validate
 from vpt.training.features import predict_cached
 
 

@@ -3,10 +3,9 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +16,24 @@ from vpt import artifact, auto, backbones, methods
 from vpt.accelerator import processes
 from vpt.auto import Candidate
 from vpt.backbones import Backbone
-from vpt.config import DataConfig, DecisionConfig, RunConfig, load_run, to_yaml
-from vpt.data.duplicates import Duplicate, find_duplicates
+from vpt.checks import (
+    calibration_samples,
+    check_split_images,
+    describe,
+    find_grey_range,
+    search_duplicates,
+)
+from vpt.config import RunConfig, load_run, to_yaml
+from vpt.data.duplicates import Duplicate
 from vpt.data.fewshot import Split, split_data
-from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
-from vpt.data.survey import Survey, check_images
 from vpt.errors import InputError
-from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_metrics
+from vpt.evaluation.decision import Decision, fit_decision, resampled_metrics
 from vpt.evaluation.evaluate import confusion, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
+from vpt.losses import Loss
 from vpt.methods import Method
 from vpt.new_classes import check_tests, run_tests
 from vpt.progress import Log
@@ -47,12 +52,10 @@ NOTICE = "Not for clinical use."  # with every result of medical data
 class Prepared:
     """Result of `prepare`: what it read and checked, and the model to train.
 
-    Of an auto run `model` is the first candidate's until one is chosen.
-
     Attributes:
-        config: of the run.
-        setting: of the method that trains: `config`, or the candidate's.
-        candidates: of an auto run, as they were tried.
+        setting: of the method that trains: `config`, or the chosen candidate's.
+        model: of an auto run the first candidate's until one is chosen.
+        candidates: of an auto run.
     """
 
     config: RunConfig
@@ -67,6 +70,7 @@ class Prepared:
     candidates: Sequence[Candidate] = ()
     # `init_from`: what the method started from
     started: dict[str, Any] = field(default_factory=dict)
+    loss: type[Loss] | None = None  # instead of the configuration's
 
     @property
     def details(self) -> dict[str, Any]:
@@ -135,27 +139,34 @@ def run(
 
 
 def prepare(
-    config: RunConfig, log: Log = print, backbone: backbones.Backbone | None = None
+    config: RunConfig,
+    log: Log = print,
+    backbone: Backbone | None = None,
+    data: tuple[Source, Split] | None = None,
 ) -> Prepared:
     """Read and check all that a run needs, and attach the method; writes nothing.
 
-    `backbone` is the configuration's, where another run has loaded it.
+    Args:
+        config: of the run.
+        log: takes lines for the user.
+        backbone: the configuration's, where another run has loaded it.
+        data: what was read already; None: what `config.data` means.
 
     Raises:
         InputError: anything that is wrong with the input.
     """
     folder = RunFolder(config.out or default_folder(config))
-    source = open_source(config.data)
-    split = split_data(source, config.data)
+    source = data[0] if data else open_source(config.data)
+    split = data[1] if data else split_data(source, config.data)
     source = source.half(config.data.class_half)
     _check_same_split(folder, split)
     survey = check_split_images(split)
-    calibration = _calibration(config, source, split)
+    calibration = calibration_samples(config, source, split)
     check_method(config)
     for line in [describe(source, split, config.data), *source.notes, *split.notes]:
         log(f"data: {line}")
-    grey = _grey_range(survey, split, log)
-    duplicates = _duplicates(config, split, grey, log)
+    grey = find_grey_range(survey, split.train.images, log)
+    duplicates = search_duplicates(config, split, grey, log)
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
@@ -172,15 +183,14 @@ def prepare(
     check_tests(config, model)
     if config.auto is None:
         find_loss(config.train.loss, model)
-        tunable = num_tunable(model)
-        log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
+        passes = "" if model.passes == 1 else f", {model.passes:.2f} passes of a test image"
+        tunable = f"{num_tunable(model):,} tunable parameters"
+        log(f"method: {model.name} on {config.backbone.name}, {tunable}{passes}")
     elif config.init_from:
         raise InputError("init_from: auto chooses the method first: drop it, or name a method")
     started = {"init_from": start(model, config, split.train, log)} if config.init_from else {}
-    prepared = Prepared(
-        config, folder, source, split, calibration, duplicates, backbone, config, model
-    )
-    return replace(prepared, started=started)
+    read = config, folder, source, split, calibration, duplicates
+    return Prepared(*read, backbone, config, model, started=started)
 
 
 def check_method(config: RunConfig) -> None:
@@ -224,6 +234,7 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
             train,
             split.val and test_loader(model, split.val, config.data.workers),
             config.train,
+            loss=prepared.loss,
             checkpoint=folder.checkpoint,
             on_epoch=partial(_keep, prepared),
             engine=config.engine,
@@ -329,76 +340,6 @@ def json_lines(records: Sequence[dict[str, Any]]) -> bytes:
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
-def check_split_images(split: Split) -> Survey:
-    """Decode every image file of the split once, so that a broken one is said before training."""
-    parts = [p for p in (split.train, split.val, split.calibration, split.test) if p is not None]
-    files = [path for part in parts for path in part.images if isinstance(path, Path)]
-    return check_images(files, split.train.windows)
-
-
-def _grey_range(survey: Survey, split: Split, log: Log) -> Range | None:
-    """One range for all grey images with more than 8 bits, chosen from the training images.
-
-    Raises:
-        InputError: they have at most 8 bits, but others have values that need a range.
-    """
-    training = {path for path in split.train.images if isinstance(path, Path)}
-    grey = choose_range(values for path, values in survey.grey.items() if path in training)
-    if grey:
-        log(f"grey images: values from {grey[0]:g} to {grey[1]:g}, as the training images have")
-    survey.through(grey, log).check()
-    return grey
-
-
-def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | None:
-    """The calibration images, or without any the validation images, if a decision is wanted."""
-    if config.decision == DecisionConfig():
-        return None
-    samples = split.val if split.calibration is None else split.calibration
-    if samples is None:
-        raise InputError(
-            f"decision: {source.name} has no calibration and no validation images: give "
-            "data.calibration=PROPORTION, or add a val part"
-        )
-    labels = torch.from_numpy(samples.labels)
-    check_decision(config.decision, samples.target, labels, source.class_names)
-    return samples
-
-
-def _duplicates(config: RunConfig, split: Split, grey: Range | None, log: Log) -> list[Duplicate]:
-    """Test images that look like training images, unless `data.duplicates` is ignore."""
-    wanted = config.data.duplicates or ("stop" if split.train.patients else "warn")
-    if wanted == "ignore":
-        return []
-    pairs = find_duplicates(split, grey)
-    if pairs:
-        parts = "test and calibration" if split.calibration else "test"
-        number = len(split.test) + len(split.calibration or ())
-        found = (
-            f"{len(pairs)} of {number} {parts} images look like a training image, first "
-            f"{pairs[0].test} like {pairs[0].train}"
-        )
-        if wanted == "stop":
-            for pair in pairs:
-                log(f"{pair.test} looks like {pair.train}")
-            raise InputError(f"{found}: remove them, or give data.duplicates=warn")
-        log(f"{found}: see duplicates.jsonl in the run folder")
-    return pairs
-
-
-def describe(source: Source, split: Split, data: DataConfig) -> str:
-    """The split in words."""
-    shots = f", shots of {data.shots} {data.shots_per}s a class" if data.shots else ""
-    patients = f" from {len(set(split.train.patients))} patients" if split.train.patients else ""
-    held = f", {len(split.calibration)} calibration" if split.calibration else ""
-    val = f", {len(split.val)} validation" if split.val is not None else ""
-    return (
-        f"{source.name}{shots}, {len(source.class_names)} classes{source.target.wording}, "
-        f"{len(split.train)} training"
-        f"{patients}{val}{held}, {len(split.test)} test images, split {split.hash}"
-    )
-
-
 def _check_same_split(folder: RunFolder, split: Split) -> None:
     """Refuses to resume on other images: what was trained on might become test images."""
     if folder.prompt.is_file():
@@ -410,11 +351,16 @@ def _check_same_split(folder: RunFolder, split: Split) -> None:
             )
 
 
-def finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+def finished(
+    folder: RunFolder,
+    config: RunConfig,
+    resume: bool,
+    load: Callable[[str], RunConfig] = load_run,
+) -> dict[str, Any] | None:
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
-    before = load_run(str(folder.config))
+    before = load(str(folder.config))
     if not resume:
         state = "finished" if folder.result.is_file() else "interrupted"
         raise InputError(

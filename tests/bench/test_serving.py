@@ -31,7 +31,7 @@ def test_every_load_is_measured(tmp_path, capfd, monkeypatch):
 
 def test_requests_leave_at_their_times(tmp_path):
     put(tmp_path, "pets", "vpt_deep_clip")
-    with serving(tmp_path, queue=16) as (client, _, _):
+    with serving(tmp_path, queue=20) as (client, _, _):
         request = bench._request("/v1/tasks/pets/predict", png())
         replies = load.load(client.base_url.port, [request] * 20, rate=40)
         assert {reply.status for reply in replies} == {200}

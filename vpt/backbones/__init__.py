@@ -25,9 +25,9 @@ from vpt.backbones._families import families, find_family
 from vpt.backbones._wrapped import is_of, unwrap
 from vpt.backbones.base import Backbone, share
 from vpt.backbones.text import TextTower
-from vpt.config import BackboneConfig, BackbonePreset, validate
+from vpt.config import BackboneConfig, BackbonePreset
 from vpt.errors import InputError, close
-from vpt.settings import read_yaml
+from vpt.settings import read_yaml, validate
 
 __all__ = ["Backbone", "TextTower", "adapt", "families", "load", "load_tiny_clip"]
 

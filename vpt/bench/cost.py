@@ -52,7 +52,7 @@ def bench(overrides: Sequence[str], out: Path, rounds: int) -> None:
 
 
 def _alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `function` returns in a new process, whose memory is its own."""
+    """Return value of `function` in a new process, whose memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
@@ -124,38 +124,29 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     first = rows[0]
     table = Table(
         title=f"{first['backbone']} ({first['backbone_mb']:.0f} MB), {first['data']}, "
-        f"{first['num_train']} training images, {first['device']}; MB stored of 1, 16, 256 tasks",
+        f"{first['num_train']} training images, {first['device']}",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
     )
-    table.add_column("method", no_wrap=True)
-    stored = (f"× {count}" for count in STORED)
-    for column in (
-        "accuracy",
-        "tunable",
-        *stored,
-        "training s",
-        "peak MB",
-        "served MB",
-        "load ms",
-        "/ bare",
-    ):
-        table.add_column(column, justify="right")
+    table.add_column("")
     for row in rows:
-        table.add_row(
-            row["method"],
-            f"{row['accuracy']:.1%}",
-            f"{row['tunable_parameters']:,}",
-            *(_shown(count * row["stored_mb"]) for count in STORED),
-            f"{row['train_seconds']:.1f}",
-            f"{row['peak_mb']:.0f}",
-            _shown(row["memory_mb"]),
-            f"{row['load_ms']:.0f}",
-            f"{row['of_bare']:.2f}",
-        )
+        table.add_column(row["method"], justify="right", no_wrap=True)
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
+        "test accuracy": lambda row: f"{row['accuracy']:.1%}",
+        "tunable parameters": lambda row: f"{row['tunable_parameters']:,}",
+        **{
+            f"MB stored, {count} tasks": lambda row, count=count: _shown(count * row["stored_mb"])
+            for count in STORED
+        },
+        "seconds to train": lambda row: _shown(row["train_seconds"]),
+        "MB that training adds": lambda row: _shown(row["peak_mb"]),
+        "MB served, a task": lambda row: _shown(row["memory_mb"]),
+        "ms to load a task": lambda row: _shown(row["load_ms"]),
+        f"throughput of {TASKS} tasks / bare": lambda row: f"{row['of_bare']:.2f}",
+    }
+    for line, show in lines.items():
+        table.add_row(line, *map(show, rows))
     return table
 
 
-def _shown(megabytes: float) -> str:
-    return f"{megabytes:.2g}" if megabytes < 10 else f"{megabytes:.0f}"
+def _shown(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:.0f}"

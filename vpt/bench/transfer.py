@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt
 from scipy.stats import t as student
 
 from vpt.bench.suite import Engine, absolute, run_all
-from vpt.config import RunConfig, Seed, load_as, to_yaml
+from vpt.config import RunConfig, Seed, load_run, to_yaml
 from vpt.data.sources import open_source
 from vpt.digests import AUTO
 from vpt.errors import InputError
@@ -55,7 +55,7 @@ def transfer(
     Raises:
         InputError: a bad suite; `out` holds one and not `resume`; a run that could not be done.
     """
-    suite = load_as(TransferConfig, "configs/transfer", name, overrides)
+    suite = load_run(name, overrides, TransferConfig, "configs/transfer")
     if len(suite.tasks) < 2:
         raise InputError(f"{name}: give two tasks or more, as tasks.NAME.root=IMAGES")
     out = out.absolute()
@@ -231,7 +231,7 @@ def _target(
 
 
 def _choice(suite: TransferConfig, target: str, shots: int | None, seed: int, out: Path) -> str:
-    """What `init_from=auto` chooses; nothing is trained."""
+    """The choice of `init_from=auto`; nothing is trained."""
     start = f"{AUTO}{out / 'from' / target}"
     config = _run(suite, target, shots, seed, out / "chosen", init_from=start)
     data = config.data.model_copy(update={"duplicates": "ignore"})

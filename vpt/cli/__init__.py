@@ -8,6 +8,7 @@ from vpt.errors import InputError
 
 for room in (
     "training",
+    "streams",
     "benchmarks",
     "transfer",
     "artefacts",

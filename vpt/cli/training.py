@@ -1,6 +1,7 @@
 """Train, test and predict."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +32,16 @@ def train(
 
     Or to several data sets at once: vpt train multitask tasks.NAME.root=IMAGES
     """
+    from vpt.config import kind_of, load_run
+
+    if kind_of(config):
+        from vpt.dense.config import load_dense
+        from vpt.dense.run import run as run_dense
+
+        settings = load_dense(config, overrides or [])
+        _print_metrics(run_dense(settings, resume=resume, log=say))
+        return
     from vpt import multitask
-    from vpt.config import load_run
     from vpt.run import run
 
     loaded = load_run(config, overrides or [])
@@ -52,9 +61,18 @@ def evaluate(
     ] = False,
 ) -> None:
     """Test an artefact on the held-out images of its data, or on other labelled images."""
-    from vpt.inference import evaluate
+    from vpt.dense.artefact import kind_of
 
-    options = {"every": every, "other_classes": other_classes}
+    options = {"every": every}
+    if kind_of(artefact):
+        from vpt.dense.inference import evaluate
+
+        if other_classes:
+            raise InputError(f"--other-classes: {artefact} is no classifier: drop it")
+    else:
+        from vpt.inference import evaluate
+
+        options["other_classes"] = other_classes
     _print_metrics(evaluate(artefact, overrides or [], **options, log=say))
 
 
@@ -70,12 +88,25 @@ def predict(
         list[str] | None,
         typer.Option(help="A class in place of its own, or a file of them, a line each; repeat."),
     ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Of boxes and masks: folder for them and for drawn images.")
+    ] = Path("predicted"),
 ) -> None:
-    """Classify images."""
-    from vpt.inference import predict
+    """Classify images, or find objects in them, as the artefact was trained to."""
+    from vpt.dense.artefact import kind_of
 
     names = _names(classes) if classes else None
-    for number, prediction in enumerate(predict(artefact, images, checkpoint, names, log=say)):
+    if kind_of(artefact):
+        from vpt.dense.inference import predict as predict_dense
+
+        if names:
+            raise InputError(f"--classes: {artefact} finds the classes that trained it: drop it")
+        predictions = predict_dense(artefact, images, out, checkpoint, log=say)
+    else:
+        from vpt.inference import predict
+
+        predictions = predict(artefact, images, checkpoint, names, log=say)
+    for number, prediction in enumerate(predictions):
         if number == 0 and "notice" in prediction:
             say(prediction["notice"])
         print(json.dumps(prediction) if as_json else "\t".join(_columns(prediction)))
@@ -97,6 +128,14 @@ def _names(classes: list[str]) -> list[str]:
 
 def _columns(prediction: dict[str, Any]) -> list[str]:
     """A prediction as text: path, class and probability, then what else was decided."""
+    if "objects" in prediction:
+        counts = Counter(each["class"] for each in prediction["objects"])
+        found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        return [prediction["path"], found or "none", prediction["drawn"]]
+    if "mask" in prediction:
+        found = [f"{name} {part:.1%}" for name, part in prediction["proportions"].items()]
+        count = [f"{prediction['count']} objects"] if "count" in prediction else []
+        return [prediction["path"], ", ".join([*found, *count]), prediction["mask"]]
     if "labels" in prediction:
         probabilities = prediction["probabilities"]
         labels = [f"{name} {probabilities[name]:.3f}" for name in prediction["labels"]]

@@ -23,6 +23,7 @@ SUFFIXES = {
     *(".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
 }
 _DICOM_SUFFIXES = {".dcm", ".dicom"}
+_ORIENTATION, _ON_THE_SIDE = 0x0112, {5, 6, 7, 8}  # EXIF: width and height change places
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +195,22 @@ def read_pixels(
         raise ValueError("data.windows is for DICOM, which it is not")
     with path.open("rb") as file:
         return decode(file, least, grey)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file as it is seen, from its header.
+
+    Raises:
+        InputError: not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_ORIENTATION) in _ON_THE_SIDE
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # decoders raise anything
+        raise InputError(
+            f"{path}: not an image that can be read ({reason(error)}): replace or remove it"
+        ) from None
 
 
 def reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader
 from pydantic import BaseModel
 
 from vpt import resources
-from vpt.config import Published, validate
+from vpt.config import Published
 from vpt.data.cards import Card, load_card
 from vpt.files import write_atomically
 from vpt.progress import Log
@@ -16,7 +16,7 @@ from vpt.report.new_classes import make_tests, tests_table
 from vpt.report.plots import draw_plots
 from vpt.report.runs import caveats, find_runs, read_curves, read_runs, shots_text
 from vpt.report.tables import MEAN, Column, accuracy_table, cell_table, make_cells
-from vpt.settings import read_yaml
+from vpt.settings import read_yaml, validate
 
 PAGES = Environment(loader=PackageLoader("vpt", "report"), autoescape=True, trim_blocks=True)
 

@@ -53,7 +53,7 @@ def make_tests(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def tests_table(tests: pd.DataFrame) -> Styler:
-    """What `make_tests` gave, in percent."""
+    """Results of `make_tests`, in percent."""
     names = [name for name in tests if not name.endswith("_std") and name != "seeds"]
     shown = {
         name: [

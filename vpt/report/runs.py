@@ -88,7 +88,8 @@ def find_runs(folder: Path) -> tuple[dict[RunFolder, Settings], dict[RunFolder, 
         RunFolder(path.parent): _settings(path) for path in sorted(folder.rglob("config.yaml"))
     }
     tested = {run: s for run, s in found.items() if s.get("data.split") != "train-val"}
-    finished = {run: settings for run, settings in tested.items() if run.result.is_file()}
+    dense = {run for run, s in tested.items() if {"detect.channels", "segment.channels"} & s.keys()}
+    finished = {run: s for run, s in tested.items() if run.result.is_file() and run not in dense}
     failed = {
         RunFolder(path.parent): f"failed: {path.read_text()}"
         for path in sorted(folder.rglob("failure.txt"))
@@ -97,6 +98,7 @@ def find_runs(folder: Path) -> tuple[dict[RunFolder, Settings], dict[RunFolder, 
         mend = next(iter(failed.values()), "give the folder that holds the runs")
         raise InputError(f"{folder}: no finished run below it: {mend}")
     others = dict.fromkeys(tested, "not finished") | failed
+    others |= dict.fromkeys(dense, "of boxes or masks, which this page does not show")
     return finished, {run: state for run, state in others.items() if run not in finished}
 
 

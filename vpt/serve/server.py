@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import ipaddress
 import logging
+import select
 import signal
 import socket
 import struct
@@ -19,13 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vpt import artifact, backbones
 from vpt.backbones.base import Backbone
-from vpt.config import validate
 from vpt.errors import InputError
 from vpt.progress import Log
 from vpt.serve.app import create_app
 from vpt.serve.limits import Limits, read_tokens
 from vpt.serve.service import Service
-from vpt.settings import apply_overrides
+from vpt.settings import apply_overrides, validate
 
 
 def serve(
@@ -148,9 +148,13 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list | None = None) -> None:
         """Take the connections that wait, and no more; answer all, and end."""
         self.service.ready = False
+        waiting = select.poll()
         for listening in sockets or []:
             _refuse_new(listening)
-        for _ in range(10):  # turns of the loop, in which it takes them and reads what they sent
+            waiting.register(listening, select.POLLIN)
+        while waiting.poll(0):
+            await asyncio.sleep(0)  # a turn of the loop, in which it takes one or all
+        for _ in range(10):  # and those in which it sets the last ones up
             await asyncio.sleep(0)
         await super().shutdown(sockets)
 

@@ -110,8 +110,9 @@ class FrozenColumns:
 
     @torch.no_grad()
     def _compute(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        # a part, not a sampler: accelerate cuts the last batch by the length of the data set
         loader = DataLoader(
-            Subset(self.train.dataset, positions),  # whose length accelerate counts by
+            Subset(self.train.dataset, positions),
             EVAL_BATCH,
             num_workers=self.train.num_workers,
             collate_fn=self.train.collate_fn,

@@ -105,7 +105,7 @@ def held_out(
 
 
 def held_out_fit(features: Tensor, truth: Tensor) -> tuple[Tensor, float]:
-    """What a ridge regression that was fitted without each image gives for it, and its error.
+    """Leave-one-out predictions of a ridge regression, and their error.
 
     Closed form (Allen 1974, PRESS): the residuals of the fit to all, over 1 - leverage. Of
     PENALTIES the one with the least squared error.

@@ -27,7 +27,7 @@ class Blocks(Marked):
         return embedding(ids.to(embedding.weight.device))
 
     def enter(self, embeddings: Tensor) -> Tensor:
-        """What enters the first block, of embeddings (C, T, width)."""
+        """Input of the first block, from embeddings (C, T, width)."""
         return embeddings + self.parts.positional_embedding[: embeddings.shape[1]]
 
     def mask(self, ids: Tensor) -> Tensor | None:

@@ -28,10 +28,7 @@ class Marked(TextTower):
         # a tokenizer that truncates leaves no room for its padding, so the last column tells
         too_long = (ids[:, -2 if end == pad else -1] != pad).nonzero()
         if len(too_long):
-            text = texts[int(too_long[0])]
-            raise InputError(
-                f"{text!r} does not fit the text tower's {ids.shape[1]} tokens: shorten it"
-            )
+            raise self._too_long(texts[int(too_long[0])], ids)
         stop = None if self.seen_pads is None else int(_lengths(ids, pad).max()) + self.seen_pads
         return ids[:, :stop]
 
@@ -40,6 +37,11 @@ class Marked(TextTower):
         ids = self.tokenize([text], tokenizer)
         end, pad = self._marks(tokenizer)
         return ids[0, self.start : int(_lengths(ids, pad)) - (end != pad)]
+
+    def _too_long(self, text: str, ids: Tensor) -> InputError:
+        return InputError(
+            f"{text!r} does not fit the text tower's {ids.shape[1]} tokens: shorten it"
+        )
 
     def _marks(self, tokenizer: Tokenizer | None) -> tuple[int, int]:
         """The ids of end and padding."""

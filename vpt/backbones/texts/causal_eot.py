@@ -1,12 +1,14 @@
 """open_clip's causal text towers read out at EOT: CLIP's, native and in CustomTextCLIP."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from vpt.backbones._inserted import InsertedTexts
 from vpt.backbones._packed import PackedSuffixes
 from vpt.backbones._resblock import is_plain
-from vpt.backbones.text import TextPrompts
+from vpt.backbones.text import TextPrompts, TextTower, Tokenizer
 from vpt.backbones.texts._blocks import Blocks
 
 
@@ -27,6 +29,25 @@ class Tower(Blocks):
         pool = getattr(text, "text_pool_type" if text is model else "pool_type", None)
         causal = pool == "argmax" and text.attn_mask is not None
         return causal and getattr(text, "cls_emb", None) is None
+
+    def tokenize(self, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Tensor:
+        """Token ids (len(texts), T), cut after the longest text.
+
+        The tower itself says where texts end, so a tokenizer need not show its marks.
+
+        Raises:
+            InputError: a text that is longer than the tower's context; no tokenizer is known.
+        """
+        ids = TextTower.tokenize(self, texts, tokenizer)
+        # a tokenizer that truncates leaves no room for its padding
+        too_long = ids.ne(0).all(1).nonzero()
+        if len(too_long):
+            raise self._too_long(texts[int(too_long[0])], ids)
+        return ids[:, : int(ids.argmax(1).max()) + 1]
+
+    def words(self, text: str, tokenizer: Tokenizer | None = None) -> Tensor:
+        """Token ids (N,) of the text's own words."""
+        return self.tokenize([text], tokenizer)[0, self.start : -1]
 
     def mask(self, ids: Tensor) -> Tensor:
         """The causal one (T, T)."""
