@@ -126,8 +126,8 @@ def test_plain_gains_are_found(images):
     assert (best, p < 0.01) == (1, True)
 
 
-def test_factors_that_cannot_be_told_apart_give_the_smallest():
-    best, p = pick(gains([1.0, 1.01, 1.02, 1.03], 50))
+def test_equal_factors_give_the_smallest():
+    best, p = pick(np.repeat(gains([1.0], 50), 4, 0))
     assert (best, p < 0.01) == (0, True)
 
 
