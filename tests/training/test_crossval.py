@@ -288,7 +288,7 @@ class Stream(IterableDataset):
 )
 def test_a_loader_without_parts_is_refused(batches):
     model = vpt.attach(tiny.vit(), num_classes=2)
-    with pytest.raises(InputError, match=r"train\.folds=3 needs a DataLoader with a batch_size"):
+    with pytest.raises(InputError, match=r"train\.folds=5 needs a DataLoader with a batch_size"):
         vpt.fit(model, batches, config=vpt.recipe("vpt_deep")[1])
     model = vpt.attach(tiny.vit(), num_classes=2, head="crossfit")
     with pytest.raises(InputError, match=r"head=crossfit needs a DataLoader with a batch_size"):

@@ -20,7 +20,7 @@ from vpt.training.epochs import with_epochs
 from vpt.training.side_by_side import SideBySide
 from vpt.training.training_set import TrainingSet
 
-FACTORS = (0.25, 0.5, 1.0, 1.5)
+FACTORS = (0.5, 1.0, 2.0, 4.0)
 FLIPS = 10_000  # draws of what chance alone gives
 
 
@@ -37,8 +37,8 @@ def choose_factor(
 ) -> float:
     """The factor on the gates that held-out images speak for; 0: the prompts are left as they are.
 
-    Without training, 0 if so few held-out images are wrong by the linear probe that by a sign test
-    it could be chance to mend them all.
+    Without training, 0 if the linear probe gets no held-out image wrong, or so few are held out
+    that chance could make all of them better.
 
     Args:
         model: which `side_by_side.fits`, before its first step.
@@ -78,11 +78,11 @@ def choose_factor(
     before = logits(0.0)
     wrong = len(held) - right(before)
     probe = f"cross-validation: of {len(held)} held-out training images the linear probe"
-    if 0.5**wrong >= crossval.LEVEL:
-        log(
-            f"{probe} gets {wrong} wrong: too few to tell from chance whether prompts mend them; "
-            "left as it starts; train.folds=null trains all the same"
+    if not wrong or 0.5 ** len(held) >= crossval.LEVEL:
+        found = (
+            f"gets {wrong} wrong: too few to tell" if wrong else "gets all right: nothing to mend"
         )
+        log(f"{probe} {found}; left as it starts; train.folds=null trains all the same")
         return 0.0
     batches = max(len(own.loader) for own in sets)
     side.train(with_epochs(config, batches), batches, tick)
