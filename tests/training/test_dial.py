@@ -135,3 +135,24 @@ def test_harm_is_no_gain():
     assert pick(gains([-1.0, -2.0, -3.0, -4.0], 50))[1] > 0.9
     assert pick(np.zeros((4, 10)))[1] == 1
     assert pick(np.ones((4, 1)))[1] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("labels", "coloured", "line"),
+    [
+        ([0, 1] * 6, True, "gets all right"),
+        ([0, 1] * 2, False, "too few to tell"),
+        ([0, 1] * 6, False, "chance alone"),
+    ],
+)
+def test_nothing_is_tried_out_where_nothing_can_be_decided(monkeypatch, labels, coloured, line):
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+    if coloured:
+        pixels[:] = 200 * np.array(labels)[:, None, None, None]
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    config = TrainConfig(**vpt.recipe("vpt_deep")[1].model_dump() | {"min_steps": 2, "epochs": 2})
+    steps, lines = [], []
+    monkeypatch.setattr(SideBySide, "train", lambda *args: steps.append(args))
+    vpt.fit(model, loader(model, samples(labels, pixels=pixels)), config=config, log=lines.append)
+    assert line in lines[-1], lines
+    assert bool(steps) == (line == "chance alone")

@@ -79,10 +79,8 @@ def choose_factor(
     wrong = len(held) - right(before)
     probe = f"cross-validation: of {len(held)} held-out training images the linear probe"
     if not wrong or 0.5 ** len(held) >= crossval.LEVEL:
-        found = (
-            f"gets {wrong} wrong: too few to tell" if wrong else "gets all right: nothing to mend"
-        )
-        log(f"{probe} {found}; left as it starts; train.folds=null trains all the same")
+        found = f"gets {wrong} wrong, too few to tell" if wrong else "gets all right"
+        log(f"{probe} {found}: left as it starts; train.folds=null trains all the same")
         return 0.0
     batches = max(len(own.loader) for own in sets)
     side.train(with_epochs(config, batches), batches, tick)
@@ -98,9 +96,9 @@ def choose_factor(
     factor = FACTORS[best]
     found = (
         f"{probe} gets {len(held) - wrong} right, and {right(after[best])} with prompts at "
-        f"{factor:.0%} of their strength"
+        f"{factor:g} times the strength that they were trained at"
     )
-    chance = f"chance alone makes them look so good in {p:.0%} of cases (p = {p:.3f})"
+    chance = f"by chance alone they would look as good in {p:.2%} of cases"
     if p < crossval.LEVEL:
         log(f"{found}; {chance}: trained on all images")
         return factor
