@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ from vpt.config import validate
 from vpt.errors import InputError
 from vpt.progress import Log
 from vpt.serve.app import create_app
-from vpt.serve.limits import Limits, read_tokens
+from vpt.serve.limits import Limits, Tenant, read_tokens
 from vpt.serve.service import Service
 from vpt.settings import apply_overrides
 
@@ -51,14 +51,13 @@ def serve(
     """
     limits = validate(Limits, apply_overrides(Limits, {}, overrides), where="vpt serve")
     tenants = read_tokens(tokens) if tokens else None
-    if tenants is None and not _is_loopback(host):
-        raise InputError(f"--host {host}: others can reach it: give --tokens FILE")
+    check_address(host, tenants)
     service = Service(folder, load_backbone(folder, checkpoint), limits)
     for name, reason in service.loaded["refused"].items():
         log(f"{name}: left out: {reason}")
     if not service.tasks.versions:
         raise InputError(f"{folder}: none of its artefacts can be served")
-    _show_log()
+    show_log()
     with listen(host, port) as listening:
         port = listening.getsockname()[1]
         log(f"{len(service.tasks.versions)} tasks on http://{host}:{port}")
@@ -183,6 +182,16 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def check_address(host: str, tenants: Mapping[str, Tenant] | None) -> None:
+    """Refuses an address that others can reach, where whoever does sees everything.
+
+    Raises:
+        InputError: it is not loopback, and there are no tokens.
+    """
+    if tenants is None and not _is_loopback(host):
+        raise InputError(f"--host {host}: others can reach it: give --tokens FILE")
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -190,7 +199,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _show_log() -> None:
+def show_log() -> None:
+    """Show the server's log on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name, level in (("vpt.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
