@@ -13,9 +13,10 @@ from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-for requirement in project["dependencies"] + extras["peft"] + extras["medical"]:
-    name, version = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
-    print(f"{name}=={version}")
+used = [*extras["peft"], *extras["medical"], *extras["transformers"]]
+for requirement in project["dependencies"] + used:
+    if found := re.match(r"([\w-]+)>=([\d.]+)", requirement):
+        print("{}=={}".format(*found.groups()))
 PYTHON
 "$environment/bin/pip" install -q -c "$environment/lowest.txt" -e '.[peft,medical]' \
   'highdicom>=0.28' 'pytest>=8' 'hypothesis>=6'

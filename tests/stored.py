@@ -96,7 +96,8 @@ def without_a_say(model):
         if (model(images()) - logits).abs().max() < 1e-4 * logits.abs().max():
             silent.append(name)
         tensor.copy_(kept)
-    return set(silent) - {"penalties"}  # of later solving only
+    # of later solving only; of a choice that a small change leaves as it is
+    return set(silent) - {"penalties", "keys"}
 
 
 def write():

@@ -4,8 +4,8 @@ import timm
 from omegaconf import OmegaConf
 
 from vpt import resources
-from vpt.config import BackbonePreset, validate
-from vpt.settings import read_yaml
+from vpt.config import BackbonePreset
+from vpt.settings import read_yaml, validate
 
 NAMES = resources.names("configs/backbone")
 TIMM = set(timm.list_pretrained())

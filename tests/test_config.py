@@ -2,21 +2,23 @@
 
 import pytest
 from pydantic import BaseModel
+from stored import FOLDER
 
 import vpt
 from vpt import methods, resources
-from vpt.config import RunConfig, Strict, TrainConfig, load_run, to_yaml
+from vpt.config import RunConfig, Strict, TrainConfig, kind_of, load_run, to_yaml
 from vpt.errors import InputError
+from vpt.run import check_method
 from vpt.settings import read_yaml
 
-RUNS = resources.names("configs/run")
+RUNS = [name for name in resources.names("configs/run") if kind_of(name) is None]
 METHODS = methods.names()
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_config_is_valid(name):
     config = load_run(name)
-    methods.check_options(config.method.name, config.method.options)
+    check_method(config)
     assert config.backbone.name in resources.names("configs/backbone")
     path = resources.find("configs/run", name)
     assert path.read_text().startswith("# ")
@@ -202,6 +204,7 @@ CHANGES = {
     "data.split": "train-val",
     "data.classes": "[a, b]",
     "data.templates": "['a {}']",
+    "data.class_half": "base",
     "data.shots_per": "patient",
     "data.calibration": "0.25",
     "data.augment": "crop",
@@ -236,10 +239,14 @@ CHANGES = {
     "decision.specificity": "{cat: 0.9}",
     "decision.alpha": "0.1",
     "decision.coverage": "0.9",
+    "auto": "{minutes: 5}",
     "engine.exact_tokens": "true",
     "engine.compile": "true",
     "engine.checkpointing": "true",
     "engine.feature_cache": "features",
+    "tests": "{new: {class_half: new}}",
+    "tasks": "{pets: {root: pets}}",
+    "init_from": str(FOLDER / "vpt_deep_vit.safetensors"),
     "out": "elsewhere",
     "expected": "{accuracy: 0.5, within: 0.1, measured_on: a laptop}",
 }
@@ -260,10 +267,11 @@ def test_the_changes_cover_every_setting():
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_the_hash_changes_with_what_can_change_the_result(key):
-    plain = load_run("vpt_deep")
-    changed = load_run("vpt_deep", [f"{key}={CHANGES[key]}"])
+    name = "auto" if key == "auto" else "vpt_deep"
+    plain = load_run(name)
+    changed = load_run(name, [f"{key}={CHANGES[key]}"])
     assert changed != plain
-    same = key in {*NOT_HASHED, "out", "expected"}
+    same = key in {*NOT_HASHED, "tests", "out", "expected"}
     assert (changed.hash == plain.hash) == same
 
 

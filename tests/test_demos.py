@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import running
 import tiny
 from PIL import Image
+
+from vpt.serve.limits import Tenant
 
 DEMOS = Path(__file__).parents[1] / "demos"
 
@@ -97,6 +100,33 @@ def test_ones_own_loop_learns(demo):
     text = demo("own_loop", "--epochs", 5)
     before, after = map(float, re.findall("trained: accuracy (.*)%", text))
     assert after > before + 10
+
+
+def test_a_client_of_the_server(demo, tmp_path, monkeypatch):
+    for name, stored in (("pets", "decision_clip"), ("marks", "multilabel_clip")):
+        running.put(tmp_path, name, stored)
+    picture = tmp_path / "cat.png"
+    picture.write_bytes(running.png())
+    token = "of-the-test-alone"
+    with running.serving(tmp_path, tenants={"all": Tenant(token=token, tasks=["*"])}) as (http, *_):
+        server = ["--server", str(http.base_url)]
+        with pytest.raises(SystemExit, match="401: give a token"):
+            demo("client", *server)
+        monkeypatch.setenv("VPT_TOKEN", token)
+        assert "pets (vpt_deep): tabby cat, dog, red_panda" in demo("client", *server)
+        text = demo("client", *server, "--task", "pets", picture)
+        reply = http.post(
+            "/v1/tasks/pets/predict",
+            content=picture.read_bytes(),
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "image/png"},
+        )
+        image = reply.json()["images"][0]
+        assert f"{picture}: {image['class']} {image['probability']:.1%}" in text
+        assert f"{picture}: " in demo("client", *server, "--task", "marks", picture)
+        with pytest.raises(SystemExit, match="404: no such task; did you mean 'pets'"):
+            demo("client", *server, "--task", "pet", picture)
+    with pytest.raises(SystemExit, match="refused: is `vpt serve` running"):
+        demo("client", *server)
 
 
 @pytest.mark.parametrize("path", sorted(DEMOS.glob("[!p]*.py")), ids=lambda path: path.stem)

@@ -9,8 +9,9 @@ import tiny
 import torch
 from tiny import clip, images, needs_clip, vit, vpt_cli, write_folder, write_image
 
+import vpt
 from vpt import explain, methods
-from vpt.backbones import load_tiny_clip
+from vpt.backbones import load, load_tiny_clip
 from vpt.run import NOTICE
 from vpt.targets.multiclass import Multiclass
 
@@ -87,7 +88,42 @@ def test_words_of_a_context_that_is_made_of_words():
     ids = open_clip.SimpleTokenizer()(["red circle"])[0, 1:3]
     context = backbone.token_embedding.weight[ids].detach()
     nearest = explain.nearest_words(context, attach(backbone, "coop"))
-    assert [words[0] for words in nearest] == ["red</w>", "circle</w>"]
+    assert [row["words"][0] for row in nearest] == ["red</w>", "circle</w>"]
+    assert all(row["word_like"] and row["distances"][0] < 1e-3 for row in nearest)
+
+
+def test_gibberish_is_called_gibberish():
+    generator = torch.Generator().manual_seed(3)
+    context = 0.5 * torch.randn(4, 128, generator=generator)
+    nearest = explain.nearest_words(context, attach(load_tiny_clip(), "coop"))
+    assert [row["word_like"] for row in nearest] == [False] * 4
+    assert all(row["random"] > 0 for row in nearest)
+
+
+@pytest.mark.parametrize("method", ["coop", "cocoop"])
+def test_a_context_as_json(method, tmp_path, capfd, monkeypatch):
+    artefact, out = tmp_path / "a.safetensors", tmp_path / "out"
+    vpt.save(attach(load("tiny_clip"), method, num_tokens=2), artefact)
+    code, printed, err = vpt_cli(capfd, monkeypatch, "explain", artefact, "--out", out)
+    assert code == 0, err
+    record = json.loads((out / "context.json").read_text())
+    for row in record["words"]["all"]:
+        verdict = "near words" if row["word_like"] else "no nearer to words than chance"
+        assert row["words"][0] in printed and verdict in printed
+    assert ("classes" in record) == (method == "coop")
+
+
+def test_class_embeddings_before_and_after():
+    model = attach(load_tiny_clip(), "coop", init="a photo of a", num_tokens=4)
+    found = explain.explain_classes(model)
+    assert list(found) == model.class_names
+    for record in found.values():  # nothing is learned yet
+        assert record["shift"] == pytest.approx(1, abs=1e-4)
+        before, after = record["nearest"]["before"], record["nearest"]["after"]
+        assert before[0] == after[0] != "" and before[1] == pytest.approx(after[1], abs=1e-4)
+    with torch.no_grad():
+        model.context.add_(torch.randn_like(model.context))
+    assert all(record["shift"] < 0.99 for record in explain.explain_classes(model).values())
 
 
 def test_command(tmp_path, capfd, monkeypatch):

@@ -243,6 +243,39 @@ def test_published_results_stand_only_beside_the_same_number_of_shots(tmp_path, 
     assert "published" not in page.text
 
 
+def test_base_and_new_classes_and_their_harmonic_means(tmp_path, write_run):
+    accuracies = {
+        "digits": [(0.8, 0.6), (0.9, 0.7)],
+        "dtd": [(0.5, 0.25), (0.7, 0.35)],
+    }
+    for data, seeds in accuracies.items():
+        for seed, (base, new) in enumerate(seeds, start=1):
+            settings = {"data": {"root": None, "seed": seed, "class_half": "base"}}
+            settings |= {"tests": {"new": {"class_half": "new"}}}
+            run = write_run(base, data=data, seed=seed, config=settings)
+            (run / "tests").mkdir()
+            test = json.dumps({"accuracy": new, "class_half": "new", "num_test": 9})
+            (run / "tests" / "new.json").write_text(test)
+    write_run(0.7, data="dtd", method="coop")  # without tests, of all classes
+    page, rows, _ = build(tmp_path)
+    assert {row["data"] for row in rows} == {"dtd", "dtd, base classes", "digits, base classes"}
+    table = csv.DictReader((tmp_path / "out" / "tests.csv").open(newline=""))
+    found = {row["data"]: row for row in table}
+    expected = {f"{data}, base classes": seeds for data, seeds in accuracies.items()}
+    expected["mean of the data sets"] = [pair for seeds in accuracies.values() for pair in seeds]
+    assert found.keys() == expected.keys()
+    for data, seeds in expected.items():
+        base, new = (mean(side) for side in zip(*seeds, strict=True))
+        row = found[data]
+        assert float(row["own test images"]) == pytest.approx(base)
+        assert float(row["new"]) == pytest.approx(new)
+        assert float(row["harmonic mean with new"]) == pytest.approx(2 * base * new / (base + new))
+    assert float(found["dtd, base classes"]["new_std"]) == pytest.approx(stdev([0.25, 0.35]))
+    assert "Without training: other classes and data sets" in page.headings
+    shown = ["85.0 ± 7.1", "65.0 ± 7.1", "73.7"]
+    assert ["digits, base classes", "16", "tiny_clip", "vpt_deep", *shown] in page.rows
+
+
 def test_settings_are_not_averaged(tmp_path, write_run):
     for seed in (1, 2):
         for tokens in (10, 50):

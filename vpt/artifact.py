@@ -21,6 +21,7 @@ from vpt.resources import package_version
 from vpt.targets import Target
 
 FORMAT = 1
+HEAD = ("head.", "penalties")  # beginnings of what a linear read-out has of its classes
 TOLERANCE = 5e-3  # of a backbone's features, relative: TF32 is within, quick GELU for GELU is not
 
 
@@ -35,24 +36,34 @@ def save(model: methods.Method, path: str | Path, **details: Any) -> Path:
     path = Path(path)
     if model.is_folded:
         raise InputError(f"{path}: a folded model has no prompts to save: save the model it is of")
-    config = model.backbone.config
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.artifact_tensors().items()}
     known = model.target.name in {"multiclass", "multilabel"}  # to every version
     metadata = {
-        "format": FORMAT,
-        "version": package_version(),
         "method": model.name,
         "options": model.options.model_dump(mode="json"),
         "class_names": model.class_names,
         "multilabel": model.target.name == "multilabel",
         **({} if known else {"target": model.target.name}),
-        "preprocess": model.backbone.preprocess.to_dict(),
+        **details,
+    }
+    return write(path, model.artifact_tensors(), model.backbone, metadata)
+
+
+def write(
+    path: str | Path, tensors: dict[str, Tensor], backbone: Backbone, metadata: dict[str, Any]
+) -> Path:
+    """Write tensors, what they are, and the backbone that they belong to, atomically."""
+    path, config = Path(path), backbone.config
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": package_version(),
+        "preprocess": backbone.preprocess.to_dict(),
         "backbone": {
             "name": config.name if config else None,
             "checkpoint": config.checkpoint if config else None,
-            **model.backbone.identity(),
+            **backbone.identity(),
         },
-        **details,
+        **metadata,
     }
     write_atomically(path, to_bytes(tensors, metadata))
     return path
@@ -119,6 +130,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     method: type[methods.Method] | None = None,
     target: type[Target] | Target | None = None,
+    templates: Sequence[str] | None = None,
 ) -> methods.Method:
     """The prompted model of an artefact, in eval mode; its metadata is `model.metadata`.
 
@@ -131,6 +143,7 @@ def load(
         method: the class, where it was attached with one from outside this package: nothing is
             imported because an artefact names it.
         target: the same of the labels' kind.
+        templates: in place of its own, of a method whose class texts are hand-written.
 
     Raises:
         InputError: as `read`; another backbone than the one it was trained on; one that the
@@ -139,7 +152,9 @@ def load(
     """
     tensors, metadata = read(path)
     kinds = find_kinds(path, metadata, method, target)
-    adapted = _backbone(path, metadata, backbone)
+    adapted = find_backbone(path, metadata, backbone)
+    if templates is not None and "templates" in metadata["options"]:
+        metadata["options"]["templates"] = list(templates)
     return build(path, tensors, metadata, adapted, *kinds, class_names, tokenizer)
 
 
@@ -184,8 +199,56 @@ def build(
     return model.eval()
 
 
-def _backbone(path: str | Path, metadata: dict[str, Any], backbone: nn.Module | None) -> Backbone:
-    """The backbone of an artefact, given or loaded by its name, checked to be the one."""
+def start_from(model: methods.Method, path: str | Path) -> dict[str, Any]:
+    """Give `model` all that an artefact of its method learned, but for the head; its metadata.
+
+    Its classes may be others. Nothing is changed where it is refused.
+
+    Raises:
+        InputError: as `read`; another method, backbone or shapes; a method that learns nothing
+            beside a head, or whose prompts belong to classes, where these are others.
+    """
+    tensors, metadata = read(path)
+    if metadata["method"] != model.name:
+        raise InputError(
+            f"{path}: {metadata['method']} learned it, so it is no start for {model.name}: give an "
+            f"artefact of {model.name}"
+        )
+    check_weights(path, metadata, model.backbone)
+    check_answer(path, metadata, model.backbone)
+    own = {n: p for n, p in model.tunable_parameters().items() if not n.startswith(HEAD)}
+    if model.solved or not own:
+        raise InputError(f"{path}: {model.name} learns nothing beside a head: train it alone")
+    of_classes = not (model.takes_names or hasattr(model, "head"))
+    if of_classes and metadata["class_names"] != model.class_names:
+        raise InputError(
+            f"{path}: what {model.name} learned belongs to its own classes: train it on these alone"
+        )
+    known = own.keys() | model.artifact_tensors().keys()
+    given = {n: t.shape for n, t in tensors.items() if n in own or n not in known}
+    given = {name: shape for name, shape in given.items() if not name.startswith(HEAD)}
+    wanted = {name: parameter.shape for name, parameter in own.items()}
+    for name in sorted(given.keys() | wanted.keys()):
+        theirs, ours = (tuple(of.get(name) or ()) or "none" for of in (given, wanted))
+        if theirs != ours:
+            raise InputError(
+                f"{path}: its {name}: {theirs}, but {ours} here: give method its options "
+                f"{json.dumps(metadata['options'])}"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    return metadata
+
+
+def find_backbone(
+    path: str | Path, metadata: dict[str, Any], backbone: nn.Module | None = None
+) -> Backbone:
+    """The backbone of an artefact, given or loaded by its name, checked to be the one.
+
+    Raises:
+        InputError: it can't name its backbone, or this is another.
+    """
     made_for = metadata["backbone"]
     if backbone is None:
         if made_for["name"] is None:
@@ -240,6 +303,11 @@ def find_kinds(
     Raises:
         InputError: one from outside that is not given, or another than the artefact's.
     """
+    if "kind" in metadata:
+        raise InputError(
+            f"{path}: no classifier, its kind is {metadata['kind']}: give it to vpt predict, vpt "
+            "eval or vpt.dense.artefact.load"
+        )
     kind = "multilabel" if metadata.get("multilabel") else "multiclass"
     return (
         _known(path, "method", metadata["method"], method, methods.names()),

@@ -14,26 +14,31 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
+    model_validator,
 )
 
 from vpt import resources
-from vpt.errors import InputError, nearest
-from vpt.settings import apply_overrides, changes_of, merge, override, read_yaml, to_text
+from vpt.digests import content
+from vpt.errors import InputError
+from vpt.settings import apply_overrides, changes_of, merge, read_yaml, to_text, validate
 
-Model = TypeVar("Model", bound=BaseModel)
+Run = TypeVar("Run", bound="RunConfig")
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 File = Annotated[Path, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Task = Annotated[Text, Field(pattern=r"^\w[\w .-]*$")]  # names a file
 Sampling = Literal["balanced", "natural"]
 Augment = Literal["none", "crop", "crop_flip"]
 Parts = Literal["train-test", "train-val", "trainval-test"]
 Values = Annotated[list[Any], Field(min_length=1)]
 Recipe = Literal["default", "paper"]
+Half = Literal["base", "new"]
+FileStem = Annotated[str, Field(pattern=r"^[\w-]+$")]
 Window = Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain", "stroke"]
 Patterns = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
 Windows = Annotated[tuple[Window, ...], Field(min_length=3, max_length=3)]
+AUTO = "auto"  # in the place of a method's name
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes no others
 
 
@@ -74,6 +79,8 @@ class DataConfig(Strict):
     split: Parts = "train-test"  # what trains, and what tests
     # class names in label order; where they are the data's own in another order, labels follow
     classes: list[Text] | None = None
+    # base: the first half of the classes in label order, rounded up; new: the others; None: all
+    class_half: Half | None = None
     templates: list[str] | None = None  # instead of the card's
     augment: Augment | None = None  # None: the card's
     # patterns of paths, folders or names, of files to leave out, and of those to keep although they
@@ -158,6 +165,13 @@ class EngineConfig(Strict):
     feature_cache: File | None = None  # folder for image features of later runs; None: memory only
 
 
+class AutoConfig(Strict):
+    """Settings of `vpt train auto`, which compares methods on held-out training images."""
+
+    candidates: list[str] | None = Field(None, min_length=1)  # None: those that fit the backbone
+    minutes: float = Field(10, gt=0)  # for the comparison and the training after it
+
+
 class Expected(Strict):
     """The result that a run configuration should give, measured by its author."""
 
@@ -183,27 +197,49 @@ class RunConfig(Strict):
     # where the method's own settings are from: configs/method, or configs/paper as it was published
     recipe: Recipe = "default"
     data: DataConfig = DataConfig()
+    # task → its own keys of `data`, over those above: prompts of several data sets learned at once
+    tasks: dict[Task, DataConfig] = Field({})
     method: MethodConfig
     train: TrainConfig = TrainConfig()
     decision: DecisionConfig = DecisionConfig()
     engine: EngineConfig = EngineConfig()
+    # name: keys of `data` where the artefact is tested too, without training: put over the run's
+    # own, or with a `name` or `root` another data set. {new: {class_half: new}}
+    tests: dict[FileStem, dict[str, Any]] = {}
+    auto: AutoConfig | None = None  # of the method `auto` alone: the one to train is to be chosen
+    # an artefact that prompts and contexts start from, or auto:DIR, the one of a folder that fits
+    # the training images best; None: as the method draws them
+    init_from: Text | None = None
     out: File | None = None  # run folder; None: runs/METHOD-DATA-SHOTSshot-seedSEED
     expected: Expected | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_tasks(cls, values: Any) -> Any:
+        tasks = values.get("tasks")
+        if isinstance(tasks, dict) and all(isinstance(own, dict) for own in tasks.values()):
+            shared = values.get("data") or {}
+            return {**values, "tasks": {name: merge(shared, own) for name, own in tasks.items()}}
+        return values
 
     @property
     def hash(self) -> str:
         """Names the run: changes with every setting that can change its result."""
-        without = {"data": {"workers", "duplicates"}, "engine": {"feature_cache"}}
-        exclude: dict[str, Any] = {"out": True, "expected": True, **without}
+        workers = {"workers", "duplicates"}
+        without = {"data": workers, "tasks": {"__all__": workers}, "engine": {"feature_cache"}}
+        exclude: dict[str, Any] = dict.fromkeys(("out", "expected", "tests", "published"), True)
+        exclude |= without
         settings = self.model_dump(mode="json", exclude=exclude)
         changed = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
-        counted = {}
+        counted: dict[str, Any] = {}
         for name, value in settings.items():
             if name in _FIRST_KEYS:
                 counts = _FIRST_KEYS[name] | changed.get(name, {}).keys()
                 counted[name] = {key: value[key] for key in value if key in counts}
             elif name in {"recipe", "method"}:
                 counted[name] = value
+            elif name == "init_from" and value:  # by content, wherever the files lie
+                counted[name] = content(value)
             elif name in changed:
                 counted[name] = changed[name]
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
@@ -241,14 +277,21 @@ class SuiteConfig(Strict):
     shots: list[PositiveInt | None] = Field([16], min_length=1)
     seeds: list[Seed] = Field([1, 2, 3], min_length=1)
     split: Literal["train-test", "trainval-test"] = "train-test"
+    class_half: Half | None = None  # as in `data`, of all runs
+    tests: dict[FileStem, dict[str, Any]] = {}  # as of a run; a data set named lies below root
     engine: EngineConfig = EngineConfig()
     settings: dict[str, dict[str, Any]] = {}  # METHOD[/DATA]: keys of its runs
     grid: dict[str, dict[str, dict[str, Values]]] = {}  # METHOD: section: key: values
     published: dict[str, list[Published]] = {}  # group of data sets: its means
 
 
-def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run configuration `config`, a path or a name under configs/run, with `key=value`s.
+def load_run(
+    config: str,
+    overrides: Sequence[str] = (),
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+    folder: str = "configs/run",
+) -> Run:
+    """The run configuration `config`, a path or a name under `folder`, with `key=value`s.
 
     The method's own recipe comes first, from configs/method or, with `recipe=paper`, configs/paper;
     then the file, then the overrides. An override of `method.name` drops what the file says for the
@@ -257,27 +300,40 @@ def load_run(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: no such file, not YAML, an unknown key or a value out of its range.
     """
-    path = _find("configs/run", config)
+    path = _find(folder, config)
     file = read_yaml(path)
-    changes = changes_of(RunConfig, overrides)
+    if "kind" in file:
+        raise InputError(f"{path}: kind={file.kind} is no run of a classifier: see vpt.dense")
+    changes = changes_of(kind, overrides)
     chosen, named = _method_name(changes), _method_name(file)
     if chosen is not None and chosen != named:
-        for section in ("recipe", "method", "train", "expected"):
+        for section in ("recipe", "method", "train", "auto", "expected"):
             file.pop(section, None)
     method = named if chosen is None else chosen
     if not method or not isinstance(method, str):
         raise InputError(f"{path}: method.name is missing: give method.name=NAME")
-    return compose(method, file, changes, where=config)
+    return compose(method, file, changes, where=config, kind=kind)
 
 
-def compose(method: str, *settings: Any, where: str) -> RunConfig:
+def compose(
+    method: str,
+    *settings: Any,
+    where: str,
+    kind: type[Run] = RunConfig,  # type: ignore[assignment]
+) -> Run:
     """The recipe of `method` with each of `settings` put over it.
 
     Raises:
         InputError: no such method or recipe, an unknown key or a value out of its range.
     """
     chosen = merge({}, *settings)
-    return validate(RunConfig, merge(_recipe(method, chosen.get("recipe")), chosen), where)
+    if method != AUTO and chosen.get("auto") is not None:
+        raise InputError(f"{where}: auto.… is of `vpt train auto`, not of {method}: drop it")
+    if method == AUTO:
+        recipe = read_yaml(resources.find("configs/run", AUTO))
+    else:
+        recipe = _recipe(method, chosen.get("recipe"))
+    return validate(kind, merge(recipe, chosen), where)
 
 
 def recipe(method: str, recipe: Recipe = "default") -> tuple[dict[str, Any], TrainConfig]:
@@ -318,28 +374,18 @@ def to_yaml(config: Strict) -> str:
     return to_text(config.model_dump(mode="json"))
 
 
-def validate(model: type[Model], values: Any, where: str) -> Model:
-    """`model(**values)`, with pydantic's errors said in one line each key; `where` names the file.
+def find_config(config: str) -> Path:
+    """The file of a run's configuration: a path, or a name under configs/run."""
+    return _find("configs/run", config)
+
+
+def kind_of(config: str) -> str | None:
+    """The `kind` that a run's configuration names: detect, segment; None: it trains a classifier.
 
     Raises:
-        InputError: an unknown key (with the nearest valid one), a wrong type, a value out of range.
+        InputError: no such file, or not YAML.
     """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            section, dot, last = key.rpartition(".")
-            fields = _fields_at(model, first["loc"][:-1])
-            hint = nearest(last, fields, before=section + dot)
-            raise InputError(f"{where}: unknown key {key!r}{hint}") from None
-        if first["type"] == "missing":
-            raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
-        value, message = first["input"], first["msg"].lower()
-        if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
-            message = f"not a list: give {override(key, [value])}"
-        raise InputError(f"{where}: {key}={value!r}: {message}") from None
+    return read_yaml(find_config(config)).get("kind")
 
 
 def _find(folder: str, config: str) -> Path:
@@ -350,10 +396,3 @@ def _find(folder: str, config: str) -> Path:
 def _method_name(settings: Mapping[str, Any]) -> Any:
     section = settings.get("method")
     return section.get("name") if isinstance(section, Mapping) else None
-
-
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        annotation = model.model_fields[part].annotation
-        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), model)
-    return list(model.model_fields)

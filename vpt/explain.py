@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from vpt.evaluation.plots import save
 from vpt.files import write_atomically
 from vpt.inference import load, survey
 from vpt.methods import Method
+from vpt.methods._text import embed_templates
 from vpt.progress import Log
 from vpt.run import NOTICE
 
 STEPS = 16  # of the integral
 DELETIONS = 14  # steps of a deletion curve
 RANDOM_ORDERS = 4
+RANDOM_VECTORS = 100
 
 
 def saliency(model: Method, image: Tensor, target: int) -> Tensor:
@@ -90,10 +93,16 @@ def blur(image: Tensor) -> Tensor:
     return image
 
 
-def nearest_words(context: Tensor, model: Method, count: int = 5) -> list[list[str]]:
-    """The `count` vocabulary entries nearest to each vector of `context` (tokens, width).
+def nearest_words(context: Tensor, model: Method, count: int = 5) -> list[dict[str, Any]]:
+    """For each vector of `context` (tokens, width) the `count` nearest entries of the vocabulary.
 
     By Euclidean distance, as Zhou et al. 2022 read CoOp's contexts (table 4). `</w>` ends a word.
+    Something is always nearest, so the nearest distance stands beside that of RANDOM_VECTORS random
+    vectors of the same norm: only a nearer one is `word_like`.
+
+    Returns:
+        `words`, their `distances`, `random` (the lowest nearest distance of a random vector), and
+        `word_like`.
 
     Raises:
         InputError: a text tower with another vocabulary than CLIP's.
@@ -102,14 +111,56 @@ def nearest_words(context: Tensor, model: Method, count: int = 5) -> list[list[s
     if tower.parts.vocab_size != CLIP_VOCABULARY:
         count = tower.parts.vocab_size
         raise InputError(f"{count} token ids: only CLIP's own vocabulary can be read")
-    table = tower.embed(torch.arange(CLIP_VOCABULARY))
-    ids = torch.cdist(context, table).topk(count, largest=False).indices
-    words = open_clip.SimpleTokenizer().decoder
-    return [[words[index] for index in row] for row in ids.tolist()]
+    table = tower.embed(torch.arange(CLIP_VOCABULARY, device=context.device))
+    distances, ids = torch.cdist(context, table).topk(count, largest=False)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(RANDOM_VECTORS, context.shape[1], generator=generator).to(context)
+    directions = F.normalize(drawn, dim=-1)
+    words, records = open_clip.SimpleTokenizer().decoder, []
+    for vector, row, places in zip(context, distances.tolist(), ids.tolist(), strict=True):
+        chance = torch.cdist(vector.norm() * directions, table).min().item()
+        records.append(
+            {
+                "words": [words[place] for place in places],
+                "distances": row,
+                "random": chance,
+                "word_like": row[0] < chance,
+            }
+        )
+    return records
 
 
-def explain_context(path: Path, checkpoint: str | None = None) -> dict[str, list[list[str]]]:
+@torch.no_grad()
+def explain_classes(model: Method) -> dict[str, dict[str, Any]]:
+    """Changes that learning made to the class embeddings, by class.
+
+    Of each, `shift`: the cosine to the embedding of its name in "a photo of a {}."; and `nearest`:
+    the most similar other class, with the cosine, `before` and `after`.
+
+    Raises:
+        InputError: class embeddings that each image changes.
+    """
+    names = model.target.texts(model.class_names)
+    plain = embed_templates(model.backbone, names, ["a photo of a {}."], None).mean(1)
+    before, after = F.normalize(plain, dim=-1), F.normalize(model.text_features(), dim=-1)
+    similar = {"before": before @ before.T, "after": after @ after.T}
+    shifts = (before * after).sum(1).tolist()
+    records: dict[str, dict[str, Any]] = {
+        name: {"shift": shift, "nearest": {}} for name, shift in zip(names, shifts, strict=True)
+    }
+    for when, cosines in similar.items():
+        best = cosines.fill_diagonal_(-2).max(1)
+        for name, cosine, place in zip(names, best.values, best.indices, strict=True):
+            records[name]["nearest"][when] = [names[place], cosine.item()]
+    return records
+
+
+def explain_context(
+    path: Path, checkpoint: str | None = None, out: Path | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """`nearest_words` of the artefact's context, by class where each has its own, else under `all`.
+
+    With `out`, context.json there has them as `words`, and `explain_classes` as `classes`.
 
     Raises:
         InputError: as `artifact.load`; a method without a context.
@@ -118,12 +169,17 @@ def explain_context(path: Path, checkpoint: str | None = None) -> dict[str, list
     context = getattr(model, "context", None)
     if context is None:
         raise InputError(f"{path}: {model.name} has no context of words: give images to explain")
-    if context.dim() == 2:
-        return {"all": nearest_words(context, model)}
-    return {
-        name: nearest_words(vectors, model)
-        for name, vectors in zip(model.class_names, context, strict=True)
-    }
+    context = context.detach()
+    contexts = {"all": context}
+    if context.dim() == 3:
+        contexts = dict(zip(model.class_names, context, strict=True))
+    found = {name: nearest_words(vectors, model) for name, vectors in contexts.items()}
+    if out is not None:
+        records: dict[str, Any] = {"words": found}
+        with suppress(InputError):  # each image has class embeddings of its own
+            records["classes"] = explain_classes(model)
+        write_atomically(out / "context.json", json.dumps(records, indent=2).encode())
+    return found
 
 
 def explain_images(

@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 import torch
 
 from vpt import artifact, backbones
-from vpt.config import BackboneConfig, Strict, validate
+from vpt.config import BackboneConfig, Strict
 from vpt.errors import InputError
 from vpt.methods import Method
 from vpt.run import NOTICE
-from vpt.settings import apply_overrides
+from vpt.settings import apply_overrides, validate
 
 try:
     import onnxruntime

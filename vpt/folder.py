@@ -38,9 +38,23 @@ class RunFolder:
         return self.path / "failure.txt"
 
     @property
+    def candidates(self) -> Path:
+        """Findings on an auto run's candidates; there only while it is not finished."""
+        return self.path / "candidates.json"
+
+    @property
+    def features(self) -> Path:
+        """Image features for an auto run's candidates; there only while it is not finished."""
+        return self.path / "features"
+
+    @property
     def result(self) -> Path:
         """The metrics; there only when the run is finished."""
         return self.path / "result.json"
+
+    def test(self, name: str) -> Path:
+        """The metrics of one of `tests`; there only when it is done."""
+        return self.path / "tests" / f"{name}.json"
 
     @property
     def checkpoint(self) -> Path:
@@ -54,7 +68,9 @@ class RunFolder:
 
 
 def default_folder(config: RunConfig) -> Path:
-    """runs/METHOD-DATA-SHOTSshot-seedSEED."""
-    data = config.data.name or (config.data.root.stem if config.data.root else "data")
+    """runs/METHOD-DATA[-HALF]-SHOTSshot-seedSEED."""
+    root = config.data.root
+    data = "+".join(config.tasks) or config.data.name or (root.stem if root else "data")
+    data += f"-{config.data.class_half}" if config.data.class_half else ""
     shots = "all" if config.data.shots is None else f"{config.data.shots}shot"
     return Path("runs") / f"{config.method.name}-{data}-{shots}-seed{config.data.seed}"

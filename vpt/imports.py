@@ -23,7 +23,6 @@ from vpt.config import (
     Strict,
     TrainConfig,
     apply_overrides,
-    validate,
 )
 from vpt.data.loaders import make_loader
 from vpt.data.sources import open_source
@@ -34,6 +33,7 @@ from vpt.methods.linear_probe import solve_head
 from vpt.official import LAYOUTS, TOKENS, State, lay_out
 from vpt.progress import Log
 from vpt.run import prepare
+from vpt.settings import validate
 from vpt.training.features import image_features
 from vpt.training.training_set import Batches, TrainingSet
 
@@ -114,7 +114,8 @@ def _class_names(
         raise InputError(
             f"{path}: token_prefix and token_suffix have {suffix.dim()} axes, wanted 3"
         )
-    table, tower = backbone.text.parts.token_embedding.weight.detach().cpu(), backbone.text
+    tower = backbone.text
+    table = tower.embed(torch.arange(tower.parts.vocab_size)).detach().cpu()
     if table.shape[0] != CLIP_VOCABULARY or table.shape[1] != suffix.shape[-1]:
         raise InputError(
             f"{path}: made for a text tower of width {suffix.shape[-1]} and CLIP's BPE"

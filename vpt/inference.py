@@ -8,12 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vpt import artifact, backbones
-from vpt.config import (
-    BackboneConfig,
-    DataConfig,
-    Strict,
-    validate,
-)
+from vpt.config import BackboneConfig, DataConfig, Strict
 from vpt.data.fewshot import absent_classes, split_data
 from vpt.data.search import list_images
 from vpt.data.sources import Samples, Source, open_source
@@ -23,9 +18,10 @@ from vpt.evaluation.decision import Decision, resampled_metrics
 from vpt.evaluation.evaluate import outputs
 from vpt.folder import RunFolder
 from vpt.methods import Method
+from vpt.new_classes import evaluate_on
 from vpt.progress import Log
 from vpt.run import NOTICE
-from vpt.settings import apply_overrides, override, read_yaml
+from vpt.settings import apply_overrides, override, read_yaml, validate
 
 
 class Settings(Strict):
@@ -36,7 +32,12 @@ class Settings(Strict):
 
 
 def evaluate(
-    path: Path, overrides: Sequence[str] = (), *, every: bool = False, log: Log = print
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    every: bool = False,
+    other_classes: bool = False,
+    log: Log = print,
 ) -> dict[str, Any]:
     """Metrics of the artefact at `path` on the held-out images of the split it was trained with.
 
@@ -44,6 +45,7 @@ def evaluate(
         path: the artefact. Its data root comes from `overrides` or the run's config.yaml beside it.
         overrides: `data.…=` and `backbone.…=`.
         every: test on all images of `data.root`, which must hold none of the training images.
+        other_classes: on the classes of the data that `overrides` mean: see `evaluate_on`.
         log: takes lines for the user.
 
     Raises:
@@ -52,24 +54,28 @@ def evaluate(
     _, metadata = artifact.read(path)
     beside = RunFolder(path.parent).config
     root = OmegaConf.select(read_yaml(beside), "data.root") if beside.is_file() else None
-    settings = {
-        "data": {**metadata.get("data", {}), "root": root},
-        "backbone": artifact.backbone_settings(metadata),
-    }
+    own = {**metadata.get("data", {}), "root": root}
+    if other_classes and any(key.startswith(("data.root=", "data.name=")) for key in overrides):
+        own = {}  # another data set
+    settings = {"data": own, "backbone": artifact.backbone_settings(metadata)}
     settings = validate(Settings, apply_overrides(Settings, settings, overrides), where=str(path))
-    source = open_source(settings.data, among=metadata["class_names"] if every else None)
+    if other_classes:
+        backbone = backbones.load(settings.backbone.name, settings.backbone.checkpoint)
+        return evaluate_on(path, settings.data, backbone, log=log)
+    whole = open_source(settings.data, among=metadata["class_names"] if every else None)
+    source = whole.half(settings.data.class_half)
     differing = set(source.class_names) ^ set(metadata["class_names"])
     if differing:
         raise InputError(
             f"{path}: its classes are not the data's: {', '.join(sorted(differing)[:5])} in one of "
-            "them only"
+            "them only: give --other-classes to test it on classes that it was not trained on"
         )
     if source.class_names != metadata["class_names"]:
         raise InputError(
             f"{path}: the data has its classes in another order: "
             f"give {override('data.classes', metadata['class_names'])}"
         )
-    tests = _test_samples(source, settings.data, metadata, path, every)
+    tests = _test_samples(whole, settings.data, metadata, path, every)
     files = [path for test in tests for path in test.images if isinstance(path, Path)]
     grey = metadata["preprocess"].get("grey_range")
     survey_images(files, settings.data.windows).through(grey, log).check()
@@ -97,7 +103,7 @@ def _test_samples(
     """The test part of the split that the artefact was trained with, or `every` image."""
     if every:
         _check_unseen(source, data, metadata, path)
-        return list(source.parts.values())
+        return list(source.half(data.class_half).parts.values())
     split = split_data(source, data)
     if split.hash != metadata.get("split_hash"):
         raise InputError(
@@ -121,15 +127,20 @@ def _check_unseen(source: Source, data: DataConfig, metadata: dict[str, Any], pa
         )
 
 
-def load(path: Path, checkpoint: str | None = None) -> Method:
+def load(
+    path: Path, checkpoint: str | None = None, class_names: Sequence[str] | None = None
+) -> Method:
     """The model of the artefact at `path`, its backbone's weights from `checkpoint` where given.
+
+    With `class_names` in place of its own, where they are.
 
     Raises:
         InputError: as `artifact.load`.
     """
     _, metadata = artifact.read(path)
     name = metadata["backbone"]["name"]
-    return artifact.load(path, backbones.load(name, checkpoint) if name and checkpoint else None)
+    backbone = backbones.load(name, checkpoint) if name and checkpoint else None
+    return artifact.load(path, backbone, class_names)
 
 
 def survey(paths: Sequence[Path], metadata: dict[str, Any], log: Log) -> Survey:
@@ -148,7 +159,11 @@ def survey(paths: Sequence[Path], metadata: dict[str, Any], log: Log) -> Survey:
 
 
 def predict(
-    path: Path, images: Sequence[Path], checkpoint: str | None = None, log: Log = print
+    path: Path,
+    images: Sequence[Path],
+    checkpoint: str | None = None,
+    class_names: Sequence[str] | None = None,
+    log: Log = print,
 ) -> Iterator[dict[str, Any]]:
     """The decision on each image file, in order; folders are searched. See `Decision.describe`.
 
@@ -158,21 +173,23 @@ def predict(
         path: the artefact.
         images: files and folders.
         checkpoint: the backbone's file of weights, where it is not at its place in training.
+        class_names: in place of those it was trained on.
         log: takes lines for the user.
 
     Raises:
-        InputError: a folder without images; at the end, files that are missing or no image.
+        InputError: a folder without images; `class_names` of an artefact whose prompt belongs to
+            its own; at the end, files that are missing or no image.
     """
     _, metadata = artifact.read(path)
     found = survey(images, metadata, log)
     files = found.readable
-    model = load(path, checkpoint).fold()
+    model = load(path, checkpoint, class_names).fold()
     names = [str(file) for file in files]
     windows = metadata.get("data", {}).get("windows")
     labels = model.target.blank(len(files), len(model.class_names))
     samples = Samples(files, labels, names, windows=windows, target=model.target)
     logits, _ = outputs(model, samples, metadata.get("precision", "auto"))
-    decision = Decision(**metadata.get("decision", {}))
+    decision = Decision(**model.metadata.get("decision", {}))
     notice = {"notice": NOTICE} if metadata.get("medical") else {}
     for file, row in zip(files, logits, strict=True):
         yield {

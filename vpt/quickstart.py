@@ -32,8 +32,8 @@ METHODS = {  # run configuration digits_… → what the table calls it
     "coop": "CoOp",
 }
 NEXT = """Next, on your own images (one folder a class):
-  vpt train vpt_deep data.root=IMAGES
-  vpt predict runs/vpt_deep-IMAGES-16shot-seed1/prompt.safetensors IMAGE.jpg
+  vpt train auto data.root=IMAGES
+  vpt predict runs/auto-IMAGES-16shot-seed1/prompt.safetensors IMAGE.jpg
   vpt list methods | datasets | backbones | configs"""
 
 

@@ -1,46 +1,62 @@
 """One run: a configuration in, a folder with the artefact and its metrics out, in four stages."""
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from vpt import artifact, backbones, methods
+from vpt import artifact, auto, backbones, methods
 from vpt.accelerator import processes
-from vpt.config import DataConfig, DecisionConfig, RunConfig, load_run, to_yaml
-from vpt.data.duplicates import Duplicate, find_duplicates
+from vpt.auto import Candidate
+from vpt.backbones import Backbone
+from vpt.checks import (
+    calibration_samples,
+    check_split_images,
+    describe,
+    find_grey_range,
+    search_duplicates,
+)
+from vpt.config import RunConfig, load_run, to_yaml
+from vpt.data.duplicates import Duplicate
 from vpt.data.fewshot import Split, split_data
-from vpt.data.loaders import make_loader
-from vpt.data.pixels import Range, choose_range
 from vpt.data.sources import Samples, Source, open_source
-from vpt.data.survey import Survey, check_images
 from vpt.errors import InputError
-from vpt.evaluation.decision import Decision, check_decision, fit_decision, resampled_metrics
-from vpt.evaluation.evaluate import confusion, predict, test_loader
+from vpt.evaluation.decision import Decision, fit_decision, resampled_metrics
+from vpt.evaluation.evaluate import confusion, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
 from vpt.folder import RunFolder, default_folder
+from vpt.losses import Loss
 from vpt.methods import Method
+from vpt.new_classes import check_tests, run_tests
 from vpt.progress import Log
 from vpt.resources import package_version
 from vpt.training import fit as training
 from vpt.training.epochs import Record
 from vpt.training.features import predict_cached
 from vpt.training.fit import find_loss
+from vpt.training.setup import attach, training_loader
+from vpt.training.start import start
 
 NOTICE = "Not for clinical use."  # with every result of medical data
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Result of `prepare`: what it read and checked, and the model to train."""
+    """Result of `prepare`: what it read and checked, and the model to train.
+
+    Attributes:
+        setting: of the method that trains: `config`, or the chosen candidate's.
+        model: of an auto run the first candidate's until one is chosen.
+        candidates: of an auto run.
+    """
 
     config: RunConfig
     folder: RunFolder
@@ -48,7 +64,13 @@ class Prepared:
     split: Split
     calibration: Samples | None
     duplicates: list[Duplicate]
+    backbone: Backbone
+    setting: RunConfig
     model: Method
+    candidates: Sequence[Candidate] = ()
+    # `init_from`: what the method started from
+    started: dict[str, Any] = field(default_factory=dict)
+    loss: type[Loss] | None = None  # instead of the configuration's
 
     @property
     def details(self) -> dict[str, Any]:
@@ -61,16 +83,14 @@ class Prepared:
             "split_hash": self.split.hash,
             "config_hash": self.config.hash,
             "precision": self.config.train.precision,
+            **self.started,
         }
 
     def outputs(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and labels of `samples`."""
         precision, folder = self.config.train.precision, self.config.engine.feature_cache
         loader = test_loader(self.model, samples, self.config.data.workers)
-        if folder and self.model.frozen_features:
-            logits, labels = predict_cached(self.model, loader, precision, folder)
-        else:
-            logits, labels = predict(self.model, loader, precision)
+        logits, labels = predict_cached(self.model, loader, precision, folder)
         if not logits.isfinite().all():  # the very last step may be what breaks the prompt
             raise InputError(f"the logits of {self.folder.prompt} are not finite: lower train.lr")
         return logits, labels
@@ -104,51 +124,97 @@ def run(
     Raises:
         InputError: bad input, or a folder that holds another run.
     """
+    if config.tasks:
+        raise InputError("tasks: several data sets at once are for vpt train, vpt.multitask.run")
     folder = RunFolder(config.out or default_folder(config))
-    if finished := _finished(folder, config, resume):
-        return finished
-    prepared = prepare(config, log)
-    history = fit(prepared, log, progress)
-    return write(prepared, history, test(prepared, log))
+    result = finished(folder, config, resume)
+    if not result:
+        prepared = prepare(config, log)
+        if config.auto is not None:
+            prepared = choose(prepared, log, progress)
+        history = fit(prepared, log, progress)
+        result = write(prepared, history, test(prepared, log))
+    run_tests(config, folder, result["accuracy"], log)
+    return result
 
 
-def prepare(config: RunConfig, log: Log = print) -> Prepared:
+def prepare(
+    config: RunConfig,
+    log: Log = print,
+    backbone: Backbone | None = None,
+    data: tuple[Source, Split] | None = None,
+) -> Prepared:
     """Read and check all that a run needs, and attach the method; writes nothing.
+
+    Args:
+        config: of the run.
+        log: takes lines for the user.
+        backbone: the configuration's, where another run has loaded it.
+        data: what was read already; None: what `config.data` means.
 
     Raises:
         InputError: anything that is wrong with the input.
     """
     folder = RunFolder(config.out or default_folder(config))
-    source = open_source(config.data)
-    split = split_data(source, config.data)
+    source = data[0] if data else open_source(config.data)
+    split = data[1] if data else split_data(source, config.data)
+    source = source.half(config.data.class_half)
     _check_same_split(folder, split)
     survey = check_split_images(split)
-    calibration = _calibration(config, source, split)
-    methods.check_options(config.method.name, config.method.options)
+    calibration = calibration_samples(config, source, split)
+    check_method(config)
     for line in [describe(source, split, config.data), *source.notes, *split.notes]:
         log(f"data: {line}")
-    grey = _grey_range(survey, split, log)
-    duplicates = _duplicates(config, split, grey, log)
+    grey = find_grey_range(survey, split.train.images, log)
+    duplicates = search_duplicates(config, split, grey, log)
 
     set_seed(config.train.seed)
     log(f"backbone: {config.backbone.name}")
-    backbone = backbones.load(config.backbone.name, config.backbone.checkpoint)
+    backbone = backbones.adapt(
+        backbone or backbones.load(config.backbone.name, config.backbone.checkpoint)
+    )
     backbone.exact_tokens = config.engine.exact_tokens
     backbone.checkpointing = config.engine.checkpointing
     backbone.preprocess = backbone.preprocess.model_copy(update={"grey_range": grey})
     if not backbone.knows_rows:
         log(f"{config.backbone.name}: blocks of an unknown type, so prompts run as tokens")
-    model = methods.attach(
-        backbone,
-        config.method.name,
-        class_names=source.class_names,
-        target=source.target,
-        **method_options(config, source),
-    )
-    find_loss(config.train.loss, model)
-    tunable = num_tunable(model)
-    log(f"method: {model.name} on {config.backbone.name}, {tunable:,} tunable parameters")
-    return Prepared(config, folder, source, split, calibration, duplicates, model)
+    setting = config if config.auto is None else auto.settings(config, backbone)[0]
+    model = attach(backbone, source, setting)
+    check_tests(config, model)
+    if config.auto is None:
+        find_loss(config.train.loss, model)
+        passes = "" if model.passes == 1 else f", {model.passes:.2f} passes of a test image"
+        tunable = f"{num_tunable(model):,} tunable parameters"
+        log(f"method: {model.name} on {config.backbone.name}, {tunable}{passes}")
+    elif config.init_from:
+        raise InputError("init_from: auto chooses the method first: drop it, or name a method")
+    started = {"init_from": start(model, config, split.train, log)} if config.init_from else {}
+    read = config, folder, source, split, calibration, duplicates
+    return Prepared(*read, backbone, config, model, started=started)
+
+
+def check_method(config: RunConfig) -> None:
+    """Refuse an unknown method or candidate, and unknown options."""
+    for setting in [config] if config.auto is None else auto.settings(config):
+        methods.check_options(setting.method.name, setting.method.options)
+
+
+def choose(prepared: Prepared, log: Log = print, progress: bool = True) -> Prepared:
+    """The chosen candidate of an auto run in the place of the first; see `Comparison.choose`.
+
+    Raises:
+        InputError: no candidate can be trained.
+    """
+    config, folder, backbone = prepared.config, prepared.folder, prepared.backbone
+    _open_folder(prepared)
+    comparison = auto.Comparison(backbone, prepared.source, prepared.split, folder, progress)
+    settings = auto.settings(config, backbone, len(prepared.split.train))
+    chosen, tried = comparison.choose(settings, config.auto.minutes, log)
+    cache = {"feature_cache": config.engine.feature_cache or folder.features}
+    engine = config.engine.model_copy(update=cache)
+    setting = chosen.setting.model_copy(update={"engine": engine})
+    model = attach(backbone, prepared.source, setting)
+    return replace(prepared, setting=setting, model=model, candidates=tried)
 
 
 def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
@@ -157,23 +223,10 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
     Raises:
         InputError: as `vpt.fit`; says which prompt is kept.
     """
-    config, folder, model = prepared.config, prepared.folder, prepared.model
-    split, source = prepared.split, prepared.source
-    processes().wait_for_everyone()  # all have seen whether the folder held a run
-    if processes().is_main_process:
-        write_atomically(folder.config, to_yaml(config).encode())
-        if prepared.duplicates:
-            pairs = [pair._asdict() for pair in prepared.duplicates]
-            write_atomically(folder.duplicates, _lines(pairs))
-    train = make_loader(
-        split.train,
-        model.backbone.preprocess,
-        config.train.batch_size,
-        train=True,
-        augment="none" if model.solved else source.augment,
-        seed=config.train.seed,
-        workers=config.data.workers,
-    )
+    config, folder, model = prepared.setting, prepared.folder, prepared.model
+    split = prepared.split
+    _open_folder(prepared)
+    train = training_loader(model, prepared.source, split, config)
     begin = time.perf_counter()
     try:
         history = training.fit(
@@ -181,6 +234,7 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
             train,
             split.val and test_loader(model, split.val, config.data.workers),
             config.train,
+            loss=prepared.loss,
             checkpoint=folder.checkpoint,
             on_epoch=partial(_keep, prepared),
             engine=config.engine,
@@ -192,6 +246,16 @@ def fit(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Rec
         raise InputError(f"{error}{kept if folder.prompt.is_file() else ''}") from None
     log(f"trained in {time.perf_counter() - begin:.0f} s; testing on {len(split.test)} images")
     return history
+
+
+def _open_folder(prepared: Prepared) -> None:
+    """Write what says whose the folder is."""
+    processes().wait_for_everyone()  # all have seen whether the folder held a run
+    if processes().is_main_process:
+        write_atomically(prepared.folder.config, to_yaml(prepared.config).encode())
+        if prepared.duplicates:
+            pairs = [pair._asdict() for pair in prepared.duplicates]
+            write_atomically(prepared.folder.duplicates, json_lines(pairs))
 
 
 def test(prepared: Prepared, log: Log = print) -> Tested:
@@ -217,16 +281,19 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
     """Write the artefact and the files of a finished run; returns the contents of result.json."""
     config, folder, model = prepared.config, prepared.folder, prepared.model
     source, split, kept = prepared.source, prepared.split, model.artifact_tensors()
+    tried = {candidate.name: candidate.record for candidate in prepared.candidates}
     result = {
         **tested.metrics,
         **tested.intervals,
+        **({"chosen": model.name, "candidates": tried} if tried else {}),
         **({"notice": NOTICE} if source.medical else {}),
         "tunable_parameters": num_tunable(model),
         # of the artefact, whether a step trains them or not
         "stored_parameters": sum(p.numel() for n, p in model.named_parameters() if n in kept),
         "trained": "loss" in history[-1],  # False: fitted at once, or left as it starts
-        "train_seconds": sum(record["seconds"] for record in history),
-        "method": model.name,
+        "train_seconds": sum(record["seconds"] for record in [*history, *tried.values()]),
+        **prepared.started,
+        "method": config.method.name,
         "backbone": config.backbone.name,
         "fingerprint": model.backbone.fingerprint()[:16],
         "data": source.name,
@@ -253,6 +320,8 @@ def write(prepared: Prepared, history: list[Record], tested: Tested) -> dict[str
         note = NOTICE if source.medical else ""
         draw_confusion(matrix, source.class_names, folder.confusion, note)
     folder.checkpoint.unlink(missing_ok=True)
+    folder.candidates.unlink(missing_ok=True)
+    shutil.rmtree(folder.features, ignore_errors=True)
     return result
 
 
@@ -263,89 +332,12 @@ def num_tunable(model: Method) -> int:
 
 def _keep(prepared: Prepared, history: list[Record], **details: Any) -> None:
     artifact.save(prepared.model, prepared.folder.prompt, **prepared.details, **details)
-    write_atomically(prepared.folder.metrics, _lines(history))
+    write_atomically(prepared.folder.metrics, json_lines(history))
 
 
-def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+def json_lines(records: Sequence[dict[str, Any]]) -> bytes:
+    """A JSON record a line."""
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
-
-
-def method_options(config: RunConfig, source: Source) -> dict[str, Any]:
-    """The method's options; templates, where it takes them, are the data's unless given."""
-    options = config.method.options
-    if "templates" in methods.find(config.method.name).Options.model_fields:
-        options = {"templates": source.templates, **options}
-    return options
-
-
-def check_split_images(split: Split) -> Survey:
-    """Decode every image file of the split once, so that a broken one is said before training."""
-    parts = [p for p in (split.train, split.val, split.calibration, split.test) if p is not None]
-    files = [path for part in parts for path in part.images if isinstance(path, Path)]
-    return check_images(files, split.train.windows)
-
-
-def _grey_range(survey: Survey, split: Split, log: Log) -> Range | None:
-    """One range for all grey images with more than 8 bits, chosen from the training images.
-
-    Raises:
-        InputError: they have at most 8 bits, but others have values that need a range.
-    """
-    training = {path for path in split.train.images if isinstance(path, Path)}
-    grey = choose_range(values for path, values in survey.grey.items() if path in training)
-    if grey:
-        log(f"grey images: values from {grey[0]:g} to {grey[1]:g}, as the training images have")
-    survey.through(grey, log).check()
-    return grey
-
-
-def _calibration(config: RunConfig, source: Source, split: Split) -> Samples | None:
-    """The calibration images, or without any the validation images, if a decision is wanted."""
-    if config.decision == DecisionConfig():
-        return None
-    samples = split.val if split.calibration is None else split.calibration
-    if samples is None:
-        raise InputError(
-            f"decision: {source.name} has no calibration and no validation images: give "
-            "data.calibration=PROPORTION, or add a val part"
-        )
-    labels = torch.from_numpy(samples.labels)
-    check_decision(config.decision, samples.target, labels, source.class_names)
-    return samples
-
-
-def _duplicates(config: RunConfig, split: Split, grey: Range | None, log: Log) -> list[Duplicate]:
-    """Test images that look like training images, unless `data.duplicates` is ignore."""
-    wanted = config.data.duplicates or ("stop" if split.train.patients else "warn")
-    if wanted == "ignore":
-        return []
-    pairs = find_duplicates(split, grey)
-    if pairs:
-        parts = "test and calibration" if split.calibration else "test"
-        number = len(split.test) + len(split.calibration or ())
-        found = (
-            f"{len(pairs)} of {number} {parts} images look like a training image, first "
-            f"{pairs[0].test} like {pairs[0].train}"
-        )
-        if wanted == "stop":
-            for pair in pairs:
-                log(f"{pair.test} looks like {pair.train}")
-            raise InputError(f"{found}: remove them, or give data.duplicates=warn")
-        log(f"{found}: see duplicates.jsonl in the run folder")
-    return pairs
-
-
-def describe(source: Source, split: Split, data: DataConfig) -> str:
-    """The split in words."""
-    shots = f", shots of {data.shots} {data.shots_per}s a class" if data.shots else ""
-    patients = f" from {len(set(split.train.patients))} patients" if split.train.patients else ""
-    held = f", {len(split.calibration)} calibration" if split.calibration else ""
-    val = f", {len(split.val)} validation" if split.val is not None else ""
-    return (
-        f"{source.name}{shots}, {len(source.class_names)} classes{source.target.wording}, "
-        f"{len(split.train)} training"
-        f"{patients}{val}{held}, {len(split.test)} test images, split {split.hash}"
-    )
 
 
 def _check_same_split(folder: RunFolder, split: Split) -> None:
@@ -359,11 +351,16 @@ def _check_same_split(folder: RunFolder, split: Split) -> None:
             )
 
 
-def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, Any] | None:
+def finished(
+    folder: RunFolder,
+    config: RunConfig,
+    resume: bool,
+    load: Callable[[str], RunConfig] = load_run,
+) -> dict[str, Any] | None:
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
-    before = load_run(str(folder.config))
+    before = load(str(folder.config))
     if not resume:
         state = "finished" if folder.result.is_file() else "interrupted"
         raise InputError(
@@ -374,4 +371,7 @@ def _finished(folder: RunFolder, config: RunConfig, resume: bool) -> dict[str, A
             f"{folder.path}: holds a run with other settings ({before.hash}, not {config.hash}): "
             "give another out=DIR"
         )
+    begun = folder.prompt.is_file() and artifact.read_metadata(folder.prompt)
+    if config.init_from and begun and begun["config_hash"] != config.hash:  # by content
+        raise InputError(f"{folder.path}: init_from was another artefact: give another out=DIR")
     return json.loads(folder.result.read_text()) if folder.result.is_file() else None

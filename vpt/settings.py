@@ -6,14 +6,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from vpt.errors import InputError
+from vpt.errors import InputError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_yaml(path: Path) -> Any:
@@ -171,7 +173,10 @@ def _kinds_at(model: type[BaseModel], keys: list[str]) -> list[Any]:
     for key in keys:
         sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
         fields = sections[0].model_fields if sections else {}
-        kinds = _kinds(fields[key].annotation) if key in fields else []
+        values = [k for kind in kinds if get_origin(kind) is dict for k in get_args(kind)[1:]]
+        kinds = [k for kind in values for k in _kinds(kind)]
+        if key in fields:
+            kinds = _kinds(fields[key].annotation)
     return kinds
 
 
@@ -182,3 +187,36 @@ def _kinds(annotation: Any) -> list[Any]:
     if get_origin(annotation) in {Union, UnionType}:
         return [kind for part in get_args(annotation) for kind in _kinds(part)]
     return [annotation]
+
+
+def validate(model: type[Model], values: Any, where: str) -> Model:
+    """`model(**values)`, with pydantic's errors said in one line each key; `where` names the file.
+
+    Raises:
+        InputError: an unknown key (with the nearest valid one), a wrong type, a value out of range.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            section, dot, last = key.rpartition(".")
+            fields = _fields_at(model, first["loc"][:-1])
+            hint = nearest(last, fields, before=section + dot)
+            raise InputError(f"{where}: unknown key {key!r}{hint}") from None
+        if first["type"] == "missing":
+            raise InputError(f"{where}: {key} is missing: give {key}=VALUE") from None
+        value, message = first["input"], first["msg"].lower()
+        if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
+            message = f"not a list: give {override(key, [value])}"
+        raise InputError(f"{where}: {key}={value!r}: {message}") from None
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        if part not in model.model_fields:  # a task
+            continue
+        annotation = model.model_fields[part].annotation
+        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), model)
+    return list(model.model_fields)

@@ -142,8 +142,10 @@ def test_biomedclip_classifies_and_is_prompted(biomedclip):
         torch.testing.assert_close(texts, model.encode_text(tokens, normalize=False))
     for method in ("zero_shot", "vpt_deep"):
         assert vpt.attach(backbone, method, class_names=NAMES)(batch).shape == (2, 3)
-    with pytest.raises(InputError, match="takes no learned context"):
-        vpt.attach(backbone, "coop", class_names=NAMES)
+    prompted = vpt.attach(backbone, "coop", class_names=NAMES, init="a photo of a")
+    texts = backbone.tokenizer([f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
+    expected = model.encode_text(texts, normalize=False)
+    torch.testing.assert_close(prompted.text_features(), expected)
 
 
 @pytest.mark.parametrize(
@@ -164,5 +166,5 @@ def test_a_missing_file_is_named(biomedclip, tmp_path, missing, said):
 
 def test_what_to_install_is_said(biomedclip, monkeypatch):
     monkeypatch.setattr(backbones, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"visual-prompt-tuning\[medical\]"):
+    with pytest.raises(InputError, match=r"visual-prompt-tuning\[transformers\]"):
         backbones.load("biomedclip", str(biomedclip[0]))

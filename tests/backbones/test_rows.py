@@ -9,6 +9,7 @@ import torch
 from families import MODELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import vpt
 from vpt import backbones
@@ -134,7 +135,7 @@ def test_shared_prefix(names, tokens):
 def test_one_text():
     """A single class is nothing to classify, but a text all the same."""
     model = vpt.attach(clip(), "coop", class_names=["cat", "a dog"], num_tokens=2).double()
-    model.suffixes = model.backbone.text.pack(model.tokens[1:], 2)
+    model.suffixes = nn.ModuleList([model.backbone.text.pack(model.tokens[1:], 2)])
     alone = model.encode(model.context[None])[0]
     model.backbone.exact_tokens = True
     torch.testing.assert_close(alone, model.text_features()[1:], rtol=1e-9, atol=1e-9)

@@ -80,7 +80,12 @@ def test_every_suite_is_valid(name):
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_data_set_of_a_suite_has_a_card(name):
-    assert set(load_suite(name).data) - set(resources.names("datasets")) == set()
+    assert set(load_suite(name).data + places(name)) - set(resources.names("datasets")) == set()
+
+
+def places(name):
+    """Data sets that a suite only tests on."""
+    return [keys["name"] for keys in load_suite(name).tests.values() if "name" in keys]
 
 
 GROUPED = [name for name in SUITES if load_card(load_suite(name).data[0]).group]
@@ -89,9 +94,10 @@ GROUPED = [name for name in SUITES if load_card(load_suite(name).data[0]).group]
 @pytest.mark.parametrize("name", GROUPED)
 def test_the_groups_of_a_published_suite_hold_its_data_sets_alone(name):
     cards = {card: load_card(card) for card in resources.names("datasets")}
-    groups = {cards[data].group for data in load_suite(name).data}
-    members = [card for card in cards if cards[card].group in groups]
-    assert sorted(members) == sorted(load_suite(name).data)
+    own, others = load_suite(name).data, places(name)
+    groups = {cards[data].group for data in others or own}
+    members = {card for card in cards if cards[card].group in groups}
+    assert members - (set(own) if others else set()) == set(others or own)
 
 
 def test_cells_are_all_combinations():
@@ -109,6 +115,19 @@ def test_cells_are_all_combinations():
         assert config.out.parent == Path("out/runs").absolute()
         assert config.out.name.endswith(f"-seed{config.data.seed}-{config.hash}")
     assert not any(cell.candidates for cell in todo)
+
+
+def test_auto_is_a_row_of_its_own(suite, tmp_path):
+    given = ["methods=[auto]", "shots=[3]", "seeds=[1]"]
+    few = "settings={auto: {auto: {candidates: [ss_text, linear_probe]}}}"
+    (cell,) = cells(load_suite(str(suite), [*given, few]), tmp_path / "out")
+    (config,) = cell.finals(cell.settings[0])
+    assert attempt(config) is None
+    (result,) = results(tmp_path / "out").values()
+    assert result["method"] == "auto" and result["chosen"] in result["candidates"]
+    wrong = "settings={auto: {auto: {candidates: [ss_txt]}}}"
+    with pytest.raises(InputError, match=r"'ss_txt'.*'ss_text'"):
+        cells(load_suite(str(suite), [*given, wrong]), tmp_path / "out")
 
 
 def test_settings_and_places_of_the_data():

@@ -34,6 +34,60 @@ def test_same_selection_as_dassl(case):
     assert Multiclass().draw(labels["val"], min(case["shots"], 4), rng) == case["val"]
 
 
+@pytest.mark.parametrize("num_classes", [4, 5])
+def test_half_of_the_classes_of_what_was_drawn_of_all(num_classes):
+    """Dassl draws shots of all classes first; base are the first ceil(n / 2) labels."""
+    labels = [label for _ in range(9) for label in range(num_classes)]
+    names = [f"class {label}" for label in range(num_classes)]
+    parts = {part: samples(labels, part=part) for part in ("train", "val", "test")}
+    whole = Source("x", DIGITS.card, names, ["{}"], "none", parts)
+    both = split_shots(whole, 3, seed=1)
+    middle = (num_classes + 1) // 2
+    kept = {"base": [*range(middle)], "new": [*range(middle, num_classes)]}
+    hashes = {both.hash}
+    for half, classes in kept.items():
+        assert whole.half(half).class_names == [names[label] for label in classes]
+        split = split_shots(whole, 3, seed=1, class_half=half)
+        hashes.add(split.hash)
+        for part in ("train", "val", "test"):
+            found, all_ = getattr(split, part), getattr(both, part)
+            chosen = [i for i, label in enumerate(all_.labels) if label in classes]
+            assert found.names == [all_.names[i] for i in chosen]
+            assert found.labels.tolist() == [all_.labels[i] - classes[0] for i in chosen]
+    assert len(hashes) == 3
+    assert whole.half(None) is whole
+
+
+def test_a_card_that_lists_classes_says_the_order():
+    """ImageNet's is by WordNet id, whatever the order of its folders."""
+    card = DIGITS.card.model_copy(update={"classes": ["d", "b", "a", "c"]})
+    parts = {part: samples([0, 1, 2, 3], part=part) for part in ("train", "test")}
+    data = Source("x", card, ["a", "b", "c", "d"], ["{}"], "none", parts)
+    assert data.half("base").class_names == ["b", "d"]
+    test = split_shots(data, 1, seed=1, class_half="base").test
+    assert (test.names, test.labels.tolist()) == (["test/1", "test/3"], [0, 1])
+
+
+def test_a_half_names_its_own_small_classes_and_leaves_the_others_calibration_images():
+    labels = np.array([0] * 2 + [1] * 9 + [2] * 9 + [3] * 2)
+    parts = {part: samples(labels, part=part) for part in ("train", "test")}
+    data = Source("x", DIGITS.card, ["a", "b", "c", "d"], ["{}"], "none", parts)
+    split = split_shots(data, 4, seed=1, class_half="new", calibration=6)
+    assert split.notes == ("fewer images than data.shots=4, so all train: d (2)",)
+    assert set(split.calibration.labels) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0, 1, 2], "3 classes are too few to halve"), (np.eye(4), "several labels an image")],
+)
+def test_what_cannot_be_halved(labels, message):
+    parts = {part: samples(labels, part=part) for part in ("train", "test")}
+    names = [f"class {label}" for label in range(len(labels))]
+    with pytest.raises(InputError, match=message):
+        split_shots(Source("x", DIGITS.card, names, ["{}"], "none", parts), 1, 1, class_half="base")
+
+
 @given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 8), st.integers())
 def test_every_class_gives_its_shots(labels, shots, seed):
     chosen = Multiclass().draw(labels, shots, random.Random(seed))

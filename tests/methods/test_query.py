@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 import torch
-from tiny import NAMES, clip, fixed, images, vit
+from tiny import NAMES, clip, fixed, images, loader, samples, vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -94,3 +94,68 @@ def test_it_trains_saves_and_loads(tmp_path):
     path = vpt.save(model, tmp_path / "pool.safetensors")
     again = vpt.load(path, backbone, method=Pool)
     torch.testing.assert_close(again(images()), model(images()), rtol=1e-6, atol=1e-6)
+
+
+QUERY = ["l2p", "dual_prompt", "coda_prompt"]
+
+
+def drawn_apart(method, **options):
+    """A model whose images differ in what they pick."""
+    torch.manual_seed(0)
+    model = vpt.attach(vit(depth=4), method, class_names=NAMES, **options).eval()
+    x = images(6)
+    features = model.backbone(x)
+    with torch.no_grad():
+        keys = model.keys.view(-1, *model.keys.shape[-2:])
+        keys.copy_(-features.mean(0).expand_as(keys))
+        keys[:, :5] = (features - features.mean(0))[:5]
+    return model, x
+
+
+@pytest.mark.parametrize("method", QUERY)
+def test_an_answer_does_not_depend_on_batch_mates(method):
+    model, x = drawn_apart(method)
+    query = model.backbone(x)
+    if method == "dual_prompt":
+        assert len(set(model.found(query)[0].tolist())) > 2
+    alone = torch.cat([model(x[i : i + 1]) for i in range(6)])
+    for batch in (x, x.flip(0), torch.cat([x, x[:1].expand(20, -1, -1, -1)])):
+        order = [(batch == one).flatten(1).all(1).nonzero()[0, 0] for one in x]
+        torch.testing.assert_close(model(batch)[torch.stack(order)], alone, rtol=1e-5, atol=1e-5)
+    model.train()
+    model.begin_task(1, 2)
+    own = [model.features(x[i : i + 1]) for i in range(6)]
+    torch.testing.assert_close(model.features(x), torch.cat(own), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", QUERY)
+def test_the_query_pass_is_shared_up_to_the_first_prompted_block(method, monkeypatch):
+    late = {
+        "l2p": {"layer": 3},
+        "dual_prompt": {"general_layers": [], "task_layers": [3]},
+        "coda_prompt": {"layers": [3]},
+    }
+    model, x = drawn_apart(method, **late[method])
+    assert model.passes == 2 - 3 / 4
+    apart = model.logits(model.read(x, model.image_prompts(x)))
+    calls, block = [], model.backbone.block
+
+    def counted(index, *rest):
+        calls.append(index)
+        return block(index, *rest)
+
+    monkeypatch.setattr(model.backbone, "block", counted)
+    torch.testing.assert_close(model(x), apart, rtol=1e-5, atol=1e-5)
+    assert len(calls) == model.passes * model.backbone.num_layers
+
+
+@pytest.mark.parametrize("method", QUERY)
+def test_training_asks_for_the_query_once(method, monkeypatch):
+    model = vpt.attach(vit(), method, class_names=NAMES)
+    asked, columns = [], type(model).frozen_columns
+    monkeypatch.setattr(
+        type(model), "frozen_columns", lambda self, x: asked.append(len(x)) or columns(self, x)
+    )
+    settings = {"epochs": 3, "lr": 1e-3, "schedule": "constant"}
+    vpt.fit(model, loader(model, samples([0, 1, 2, 0, 1, 2, 2]), 4), config=settings)
+    assert sum(asked) == 7

@@ -6,6 +6,7 @@ from tiny import NAMES, clip, images
 
 import vpt
 from vpt.errors import InputError
+from vpt.methods import _text, mmrlpp
 
 WORDS = "a photo of a"
 
@@ -84,3 +85,36 @@ def test_a_shared_prefix_is_the_plain_path(method):
     for one, other in zip(*found, strict=True):
         atol = 1e-9 * other.abs().max().item()
         torch.testing.assert_close(one, other, rtol=1e-9, atol=atol)
+
+
+@pytest.mark.parametrize("method", ["coop", "cocoop", "promptsrc", "mmrlpp"])
+def test_many_texts_run_in_parts_and_again_in_backward(method, monkeypatch):
+    """In parts of 2 texts: the same outputs and gradients, of fewer activations kept."""
+    names = [f"{word} cat" if number % 2 else word for number, word in enumerate("abcdefgh")]
+    results, kept = [], []
+    for chunk in (1024, 2):
+        monkeypatch.setattr(_text, "CHUNK", chunk)
+        monkeypatch.setattr(mmrlpp, "CHUNK", chunk)
+        torch.manual_seed(0)
+        model = vpt.attach(clip().double(), method, class_names=names).double()
+        features = torch.randn(2, 16).double()
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            texts = model.text_features(features)
+        kept.append(sum(saved.values()))
+        texts.square().sum().backward()
+        named = model.tunable_parameters().items()
+        grads = {n: p.grad for n, p in named if p.grad is not None}
+        results.append({"texts": texts.detach(), **grads})
+        with torch.no_grad():
+            torch.testing.assert_close(model.text_features(features), texts)
+    assert results[0].keys() == results[1].keys()
+    assert len(results[0]) > 1
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-9, atol=1e-9)
+    assert kept[1] < 0.6 * kept[0]

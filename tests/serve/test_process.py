@@ -15,11 +15,12 @@ from functools import partial
 import httpx2 as httpx
 import pytest
 import torch
-from running import png
+from running import png, put, serving
 from tiny import vpt_cli
 
 import vpt
 from vpt import backbones
+from vpt.serve.server import _PatientProtocol, _refuse_new, listen
 
 RAW = {"content-type": "image/png"}
 PATH = "/v1/tasks/pets/predict"
@@ -83,8 +84,8 @@ def test_a_stopping_server_answers_what_it_accepted(folder):
                 while not stop.is_set():
                     try:
                         reply = own.post(PATH, content=png(seed), headers=RAW)
-                    except httpx.TransportError:
-                        return  # an idle connection or one not taken yet was closed
+                    except httpx.ConnectError:
+                        return  # only who has no connection gets no answer
                     statuses.append(reply.status_code)
 
         with ThreadPoolExecutor(4) as pool:
@@ -113,6 +114,41 @@ def test_a_stopping_server_answers_what_it_accepted(folder):
     assert not any("Traceback" in line for line in lines), lines
     answered = [line for line in lines if re.search(r"POST /v1/tasks/\{task\}/predict 200", line)]
     assert len(answered) == len(statuses) + 2
+
+
+def test_who_was_connected_when_the_server_stopped_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(_PatientProtocol, "last_seconds", 20.0)
+    put(tmp_path, "pets", "vpt_deep_clip")
+    with serving(tmp_path, body_seconds=30) as (client, _, server):
+        address = "127.0.0.1", client.base_url.port
+        idle = [socket.create_connection(address, timeout=30) for _ in range(3)]
+        server.should_exit = True
+        refused = False
+        while not refused:  # all that were connected are answered, be it the last moment
+            try:
+                idle.append(socket.create_connection(address, timeout=30))
+            except ConnectionRefusedError:
+                refused = True
+        assert len(idle) > 3
+        for connection in idle:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            connection.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can")
+def test_no_connection_is_completed_that_nobody_takes():
+    with listen("127.0.0.1", 0) as listening:
+        listening.listen()
+        early = socket.create_connection(listening.getsockname())
+        _refuse_new(listening)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(listening.getsockname(), timeout=0.2)
+        taken, _ = listening.accept()
+        early.sendall(b"x")
+        assert taken.recv(1) == b"x"
+        early.close()
+        taken.close()
 
 
 def test_sighup_reads_the_folder_again(folder):

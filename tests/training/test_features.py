@@ -73,6 +73,15 @@ def test_a_later_run_reads_the_features(tmp_path, method):
     assert "image features: from" in second[3]
 
 
+def test_images_that_come_later_get_features_of_their_own(tmp_path):
+    labels = np.arange(130) % len(NAMES)  # ten more than a batch
+    pixels = np.random.default_rng(0).integers(0, 256, (130, 32, 32, 3), dtype=np.uint8)
+    fit("linear_probe", {}, data=samples(labels[:115], pixels=pixels[:115]), folder=tmp_path)
+    data = samples(labels, pixels=pixels)
+    later = fit("linear_probe", {}, data=data, folder=tmp_path)
+    assert_same_training(later, fit("linear_probe", {}, data=data))
+
+
 def test_methods_that_see_the_same_features_share_them(tmp_path):
     fit(folder=tmp_path)
     assert fit("linear_probe", {}, folder=tmp_path)[2] == 0
@@ -84,6 +93,7 @@ def test_methods_that_see_the_same_features_share_them(tmp_path):
         {"data": samples(LABELS, seed=1)},
         {"backbone": clip(seed=1)},
         {"method": "random_prompts"},
+        {"method": "prolip", "options": {}},
         {"augment": "crop"},
         {"precision": "bf16"},
     ],
@@ -134,6 +144,15 @@ def test_only_new_images_are_computed(tmp_path):
     assert fit(data=SAMPLES.take(np.arange(10)[[0, 4, 8, 9]]), folder=tmp_path)[2] == 0
     (path,) = tmp_path.iterdir()
     assert len(safetensors.torch.load_file(path)["names"]) == 9
+
+
+def test_all_new_images_are_computed_whatever_a_whole_set_leaves_of_its_batches(tmp_path):
+    """Five of 122 are new, where 122 leave 2 in their last batch."""
+    data = samples(np.arange(122) % len(NAMES))
+    fit(data=data.take(np.arange(117)), folder=tmp_path, epochs=1)
+    fit(data=data, folder=tmp_path, epochs=1)
+    (path,) = tmp_path.iterdir()
+    assert len(safetensors.torch.load_file(path)["names"]) == 122
 
 
 @pytest.mark.parametrize("broken", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-1] + b"\x7f"])

@@ -3,8 +3,9 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +25,9 @@ from vpt.backbones._families import families, find_family
 from vpt.backbones._wrapped import is_of, unwrap
 from vpt.backbones.base import Backbone, share
 from vpt.backbones.text import TextTower
-from vpt.config import BackboneConfig, BackbonePreset, validate
+from vpt.config import BackboneConfig, BackbonePreset
 from vpt.errors import InputError, close
-from vpt.settings import read_yaml
+from vpt.settings import read_yaml, validate
 
 __all__ = ["Backbone", "TextTower", "adapt", "families", "load", "load_tiny_clip"]
 
@@ -120,7 +121,7 @@ def load(name: str, checkpoint: str | None = None) -> Backbone:
         raise InputError(f"backbone.name={name}: not known to timm or open_clip{hint}")
     backbone = adapt(model)
     if isinstance(backbone, clip.Adapter) and backbone.tokenizer is None:
-        backbone.tokenizer = lambda texts: open_clip.get_tokenizer(name)(texts)
+        backbone.tokenizer = partial(_tokens, name)
     backbone.config = config
     return backbone
 
@@ -184,7 +185,7 @@ def _text_tower(folder: Path) -> dict[str, Any]:
     if find_spec("transformers") is None:
         raise InputError(
             f"{folder}: its text tower needs transformers: pip install "
-            "'visual-prompt-tuning[medical]'"
+            "'visual-prompt-tuning[transformers]'"
         )
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -192,6 +193,28 @@ def _text_tower(folder: Path) -> dict[str, Any]:
         )
     local = {"hf_model_name": str(folder), "hf_model_pretrained": False}
     return {"text_cfg": config | local}
+
+
+def _tokens(name: str, texts: Sequence[str]) -> Tensor:
+    return _tokenizer(name)(texts)
+
+
+@cache  # read when texts come, for methods without any need none
+def _tokenizer(name: str) -> Any:
+    try:
+        with _quiet():
+            return open_clip.get_tokenizer(name)
+    except ImportError:
+        raise InputError(
+            f"the tokenizer of {name} needs transformers: pip install "
+            "'visual-prompt-tuning[transformers]'"
+        ) from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise InputError(
+            f"the tokenizer of {name} could not be read: connect to the network, or give a folder "
+            f"with the files of the model's page as backbone.checkpoint ({reason})"
+        ) from None
 
 
 def load_tiny_clip(folder: Path = TINY_CLIP) -> open_clip.CLIP:

@@ -61,6 +61,7 @@ class Backbone(Identity):
     appends_prompts = False  # True: blocks know each token's place, so prompts stand after all
     knows_rows = False  # True: `block` and `rows` are spelled for this model's blocks
     runs_blocks = True  # False: the family's own blocks take no further tokens
+    takes_sizes = False  # True: `set_size` takes other sizes than `preprocess` has
     exact_tokens = False  # True: prompts always take the plain path, as tokens
     checkpointing = False  # True: blocks run again in the backward pass, nothing inside is kept
 
@@ -114,6 +115,10 @@ class Backbone(Identity):
                 f"images of {height}×{width}, but the backbone takes {size}×{size}: resize them, "
                 "or make it with img_size=…"
             )
+
+    def set_size(self, height: int, width: int) -> None:
+        """Take images of this size from now on; multiples of the patch, see `takes_sizes`."""
+        raise NotImplementedError
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, channels, H, W) to the tokens (B, N, width) that enter block 0."""
@@ -176,14 +181,19 @@ class Backbone(Identity):
         return self.project(self.pooled(images, prompts))
 
     def pooled(
-        self, images: Tensor, prompts: Prompts | None = None, index: Tensor | None = None
+        self,
+        images: Tensor,
+        prompts: Prompts | None = None,
+        index: Tensor | None = None,
+        begin: int = 0,
     ) -> Tensor:
         """Features before the projection (B, …); the first arguments are those of `forward`.
 
         `index` (B,) is the image of each sample, where several samples are of the same; None:
-        there are as many images. Blocks before the first prompts then run once an image.
+        there are as many images. Blocks before the first prompts then run once an image. `begin`
+        is as in `tokens`.
         """
-        return self.pool(self._run(images, prompts, index=index))
+        return self.pool(self._run(images, prompts, index=index, begin=begin))
 
     def tokens(
         self,

@@ -74,6 +74,16 @@ class Adapter(Backbone):
         self.text.checkpointing = checkpointing
 
     @property
+    def takes_sizes(self) -> bool:
+        """The image tower's."""
+        return self.tower.takes_sizes
+
+    def set_size(self, height: int, width: int) -> None:
+        """The image tower's; `identity` is of both towers as they are."""
+        self.identity()
+        self.tower.set_size(height, width)
+
+    @property
     def widths(self) -> list[int]:
         """Width of the tokens in each block."""
         return self.tower.widths

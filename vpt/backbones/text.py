@@ -39,6 +39,7 @@ class TextTower(nn.Module):
     width: int
     num_layers: int
     start = 1  # position of a text's first word
+    placeholder = "X"  # a word of one token
     is_causal = False  # True: tokens see only what stands before them
     knows_rows = False  # True: `run_shared` is spelled for this model's blocks
     checkpointing = False  # as in `Backbone`
@@ -139,9 +140,12 @@ class TextTower(nn.Module):
         """Texts (C, T) that `count` learned tokens enter at block `first`; see `InsertedTexts`.
 
         Raises:
-            InputError: as `words`.
+            InputError: another tower than a causal one that is read at EOT.
         """
-        raise self._no_context()
+        raise InputError(
+            f"{type(self.parts).__name__} is no causal text tower read at EOT, which tokens from a "
+            "later block on need: take coop, maple or promptsrc"
+        )
 
     def order(
         self, count: int, names: Sequence[int], length: int, position: NamePosition
@@ -189,6 +193,7 @@ def text_families() -> list[type[TextTower]]:
     """The tower of every family: the modules of `texts`."""
     folder = Path(__file__).parent / "texts"
     modules = [info.name for info in pkgutil.iter_modules([str(folder)])]
+    modules = [name for name in modules if not name.startswith("_")]
     return [importlib.import_module(f"vpt.backbones.texts.{name}").Tower for name in modules]
 
 

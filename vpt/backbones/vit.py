@@ -43,6 +43,17 @@ class Adapter(Backbone):
         """Exactly timm's VisionTransformer: subclasses pool or embed in other ways."""
         return type(model) is VisionTransformer
 
+    @property
+    def takes_sizes(self) -> bool:
+        """True unless a stem makes the patches (hybrids)."""
+        return hasattr(self.model.patch_embed, "set_input_size")
+
+    def set_size(self, height: int, width: int) -> None:
+        """Resample the position embeddings; `preprocess` stays that of the pretrained size."""
+        self.identity()  # of the weights as they are
+        self.model.patch_embed.strict_img_size = False  # which compares with `preprocess`
+        self.model.set_input_size((height, width))
+
     def patch_embedding(self) -> nn.Module:
         """The module that makes tokens of images; a hybrid's has a convolutional stem."""
         return self.model.patch_embed

@@ -45,11 +45,12 @@ def measure(works: Sequence[Work], rounds: int) -> Iterator[dict[str, Any]]:
     """
     rate = matmul_rate()
     for work in works:
-        error = _disagreement(work.engine(), work.tokens())
-        if error > TOLERANCE:
-            raise InputError(f"{work.name}: engine and tokens differ by {error:.1e}, not measured")
         steps = {"engine": work.engine, "tokens": work.tokens, "bare": work.bare}
         steps = {name: step for name, step in steps.items() if step is not None}
+        counted = {name: _count(step) for name, step in steps.items()}
+        error = _disagreement(counted["engine"][0], counted["tokens"][0])
+        if error > TOLERANCE:
+            raise InputError(f"{work.name}: engine and tokens differ by {error:.1e}, not measured")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(rounds):
             for name, step in steps.items():
@@ -60,10 +61,10 @@ def measure(works: Sequence[Work], rounds: int) -> Iterator[dict[str, Any]]:
                 _wait()
                 seconds[name].append(time.perf_counter() - begin)
         row: dict[str, Any] = {"work": work.name, "disagreement": error}
-        for name, step in steps.items():
+        for name, (_, flops, saved) in counted.items():
             row[f"{name}_ms"] = 1e3 * median(seconds[name])
-            row[f"{name}_gflop"] = _flops(step) / 1e9
-            row[f"{name}_saved_mb"] = _saved_bytes(step) / 1e6
+            row[f"{name}_gflop"] = flops / 1e9
+            row[f"{name}_saved_mb"] = saved / 1e6
         row["speedup"] = row["tokens_ms"] / row["engine_ms"]
         row["flop_ratio"] = row["tokens_gflop"] / row["engine_gflop"]
         if work.bare:
@@ -275,14 +276,11 @@ def _disagreement(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def _flops(step: Step) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
+def _count(step: Step) -> tuple[list[Tensor], int, int]:
+    """Results of a step, its FLOPs, and bytes of activations kept for the backward pass.
 
-
-def _saved_bytes(step: Step) -> int:
-    """Bytes of activations kept for the backward pass, each storage once, without weights."""
+    Each storage counts once, without weights.
+    """
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -292,6 +290,9 @@ def _saved_bytes(step: Step) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(saved.values())
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        results = step()
+    return results, counter.get_total_flops(), sum(saved.values())

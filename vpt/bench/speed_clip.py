@@ -58,6 +58,7 @@ def _promptsrc_step(clip: open_clip.CLIP, classes: int, tower: str, batch: int =
     labels = torch.arange(batch, device=images.device) % classes
     with torch.no_grad():
         cached, given = model.frozen_columns(images), model.text_features()
+        model.step(Batch(images, labels, cached), loss)  # which keeps the teacher's texts
 
     def backward(columns: dict[str, Tensor]) -> Tensor:
         model.zero_grad()

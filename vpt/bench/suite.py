@@ -10,12 +10,12 @@ from typing import Any
 from filelock import FileLock
 
 from vpt import methods
-from vpt.config import Parts, RunConfig, Seed, SuiteConfig, compose
+from vpt.config import AUTO, Parts, RunConfig, Seed, SuiteConfig, compose
 from vpt.data import layouts
 from vpt.data.cards import load_card
 from vpt.errors import InputError
 from vpt.folder import RunFolder, default_folder
-from vpt.run import run
+from vpt.run import check_method, run
 
 RETRIES = 3  # of a run whose process or node died
 
@@ -45,8 +45,9 @@ class Cell:
 
     def _run(self, setting: RunConfig, seed: Seed, split: Parts) -> RunConfig:
         data = setting.data.model_copy(update={"seed": seed, "split": split})
+        tests = {} if split == "train-val" else setting.tests
         train = setting.train.model_copy(update={"seed": seed})
-        config = setting.model_copy(update={"data": data, "train": train})
+        config = setting.model_copy(update={"data": data, "train": train, "tests": tests})
         folder = self.out / ("grid" if split == "train-val" else "runs")
         name = f"{default_folder(config).name}-{config.hash}"
         return config.model_copy(update={"out": folder / name})
@@ -58,11 +59,11 @@ def cells(suite: SuiteConfig, out: Path) -> list[Cell]:
     Raises:
         InputError: no such method or data set, or settings that do not fit.
     """
-    for method in suite.grid:
-        methods.find(method)
-    for name in suite.settings:
-        method, _, data = name.partition("/")
-        methods.find(method)
+    named = {name: name.partition("/") for name in suite.settings}
+    for method in [*suite.grid, *(method for method, _, _ in named.values())]:
+        if method != AUTO:
+            methods.find(method)
+    for _, _, data in named.values():
         if data:
             load_card(data)
     return [
@@ -86,7 +87,7 @@ def run_cells(todo: Sequence[Cell], engine: Engine) -> Iterator[Outcome]:
     with the reason of the first.
     """
     failures = {}
-    for config, failure in _run_all([c for cell in todo for c in cell.candidates], engine):
+    for config, failure in run_all([c for cell in todo for c in cell.candidates], engine):
         failures[config.out] = failure
         yield config, failure
     finals = []
@@ -99,7 +100,7 @@ def run_cells(todo: Sequence[Cell], engine: Engine) -> Iterator[Outcome]:
         else:
             setting = min(done, key=_rank)[0] if done else cell.settings[0]
             finals += cell.finals(setting)
-    yield from _run_all(finals, engine)
+    yield from run_all(finals, engine)
 
 
 def attempt(config: RunConfig) -> str | None:
@@ -120,10 +121,13 @@ def attempt(config: RunConfig) -> str | None:
     return None
 
 
-def _run_all(configs: Sequence[RunConfig], engine: Engine) -> Iterator[Outcome]:
+def run_all(configs: Sequence[RunConfig], engine: Engine) -> Iterator[Outcome]:
+    """Do the runs that are not finished; gives each outcome as soon as it is known."""
     waiting = []
     for config in configs:
-        if RunFolder(config.out).result.is_file():
+        folder = RunFolder(config.out)
+        done = [folder.result, *(folder.test(name) for name in config.tests)]
+        if all(path.is_file() for path in done):
             yield config, None
         else:
             waiting.append(config)
@@ -141,18 +145,26 @@ def _rank(tried: tuple[RunConfig, RunConfig]) -> tuple[float, float]:
 def _setting(
     suite: SuiteConfig, method: str, data: str, shots: int | None, point: dict[str, Any]
 ) -> RunConfig:
+    checkpoint = absolute(suite.backbone.checkpoint)
     config = compose(
         method,
-        {"backbone": {"name": suite.backbone.name, "checkpoint": _checkpoint(suite)}},
+        {"backbone": {"name": suite.backbone.name, "checkpoint": checkpoint}},
         {"engine": suite.engine.model_dump(mode="json", exclude_unset=True)},
         suite.settings.get(method, {}),
         suite.settings.get(f"{method}/{data}", {}),
         point,
         {"data": {"name": data, "root": _root(suite, data), "shots": shots}},
+        {"data": {"class_half": suite.class_half}} if suite.class_half else {},
+        {"tests": {name: _test(suite, keys) for name, keys in suite.tests.items()}},
         where=f"{method} on {data}",
     )
-    methods.check_options(method, config.method.options)
+    check_method(config)
     return config
+
+
+def _test(suite: SuiteConfig, keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a test, with the place of the data set that they name."""
+    return {**keys, "root": _root(suite, keys["name"])} if "name" in keys else keys
 
 
 def _root(suite: SuiteConfig, data: str) -> str | None:
@@ -164,9 +176,9 @@ def _root(suite: SuiteConfig, data: str) -> str | None:
     return str(suite.root.expanduser().absolute() / suite.path.format(data))
 
 
-def _checkpoint(suite: SuiteConfig) -> str | None:
-    checkpoint = suite.backbone.checkpoint
-    is_file = checkpoint is not None and Path(checkpoint).is_file()  # else a hub's tag
+def absolute(checkpoint: str | None) -> str | None:
+    """A checkpoint as a process elsewhere finds it: a file's whole path, or a hub's tag."""
+    is_file = checkpoint is not None and Path(checkpoint).is_file()
     return str(Path(checkpoint).absolute()) if is_file else checkpoint
 
 

@@ -8,7 +8,9 @@ from vpt.errors import InputError
 
 for room in (
     "training",
+    "streams",
     "benchmarks",
+    "transfer",
     "artefacts",
     "sharing",
     "serving",

@@ -29,9 +29,12 @@ def explain(
     from vpt.explain import explain_context, explain_images
 
     if not images:
-        for name, rows in explain_context(artefact, checkpoint).items():
-            for words in rows:
-                print(f"{name}\t{' '.join(words)}")
+        for name, rows in explain_context(artefact, checkpoint, out).items():
+            for row in rows:
+                chance = f"{row['distances'][0]:.3f}, of random vectors {row['random']:.3f}"
+                verdict = "near words" if row["word_like"] else "no nearer to words than chance"
+                print(f"{name}\t{' '.join(row['words'])}\t{chance}: {verdict}")
+        print(f"class embeddings before and after: {out / 'context.json'}")
         return
     for number, record in enumerate(explain_images(artefact, images, out, checkpoint, log=say)):
         if number == 0 and "notice" in record:

@@ -49,3 +49,20 @@ def serve(
         ) from None
 
     serve(folder, host, port, tokens, checkpoint, limits or [], log=say)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Its NAME.safetensors are the tasks; without, tasks on drawings."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The backbone's weights, where they have moved.")
+    ] = None,
+) -> None:
+    """Show prompts at work in a page on this machine, and train new ones there."""
+    from vpt.page import demo
+
+    demo(folder, port, checkpoint, log=say)

@@ -1,12 +1,14 @@
 """Train, test and predict."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vpt.cli.app import Artefact, Overrides, app, first_process, say
+from vpt.errors import InputError
 
 
 @app.command()
@@ -26,11 +28,25 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
 ) -> None:
-    """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES."""
-    from vpt.config import load_run
+    """Adapt a backbone to labelled images: vpt train vpt_deep data.root=IMAGES.
+
+    Or to several data sets at once: vpt train multitask tasks.NAME.root=IMAGES
+    """
+    from vpt.config import kind_of, load_run
+
+    if kind_of(config):
+        from vpt.dense.config import load_dense
+        from vpt.dense.run import run as run_dense
+
+        settings = load_dense(config, overrides or [])
+        _print_metrics(run_dense(settings, resume=resume, log=say))
+        return
+    from vpt import multitask
     from vpt.run import run
 
-    _print_metrics(run(load_run(config, overrides or []), resume=resume, log=say))
+    loaded = load_run(config, overrides or [])
+    do = multitask.run if loaded.tasks else run
+    _print_metrics(do(loaded, resume=resume, log=say))
 
 
 @app.command(name="eval")
@@ -40,11 +56,24 @@ def evaluate(
     every: Annotated[
         bool, typer.Option("--all", help="All of data.root is test data the prompt never saw.")
     ] = False,
+    other_classes: Annotated[
+        bool, typer.Option(help="Of data it was not trained on, such as data.class_half=new.")
+    ] = False,
 ) -> None:
     """Test an artefact on the held-out images of its data, or on other labelled images."""
-    from vpt.inference import evaluate
+    from vpt.dense.artefact import kind_of
 
-    _print_metrics(evaluate(artefact, overrides or [], every=every, log=say))
+    options = {"every": every}
+    if kind_of(artefact):
+        from vpt.dense.inference import evaluate
+
+        if other_classes:
+            raise InputError(f"--other-classes: {artefact} is no classifier: drop it")
+    else:
+        from vpt.inference import evaluate
+
+        options["other_classes"] = other_classes
+    _print_metrics(evaluate(artefact, overrides or [], **options, log=say))
 
 
 @app.command()
@@ -55,18 +84,58 @@ def predict(
     checkpoint: Annotated[
         str | None, typer.Option(help="The backbone's weights, where they have moved.")
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(help="A class in place of its own, or a file of them, a line each; repeat."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Of boxes and masks: folder for them and for drawn images.")
+    ] = Path("predicted"),
 ) -> None:
-    """Classify images."""
-    from vpt.inference import predict
+    """Classify images, or find objects in them, as the artefact was trained to."""
+    from vpt.dense.artefact import kind_of
 
-    for number, prediction in enumerate(predict(artefact, images, checkpoint, log=say)):
+    names = _names(classes) if classes else None
+    if kind_of(artefact):
+        from vpt.dense.inference import predict as predict_dense
+
+        if names:
+            raise InputError(f"--classes: {artefact} finds the classes that trained it: drop it")
+        predictions = predict_dense(artefact, images, out, checkpoint, log=say)
+    else:
+        from vpt.inference import predict
+
+        predictions = predict(artefact, images, checkpoint, names, log=say)
+    for number, prediction in enumerate(predictions):
         if number == 0 and "notice" in prediction:
             say(prediction["notice"])
         print(json.dumps(prediction) if as_json else "\t".join(_columns(prediction)))
 
 
+def _names(classes: list[str]) -> list[str]:
+    """The names among `classes`, and the lines of the files among them."""
+    found: list[str] = []
+    for name in classes:
+        try:
+            lines = (
+                Path(name).read_text("utf-8-sig").splitlines() if Path(name).is_file() else [name]
+            )
+        except ValueError:
+            raise InputError(f"{name}: not a text in UTF-8: give a class a line") from None
+        found += [line.strip() for line in lines if line.strip()]
+    return found
+
+
 def _columns(prediction: dict[str, Any]) -> list[str]:
     """A prediction as text: path, class and probability, then what else was decided."""
+    if "objects" in prediction:
+        counts = Counter(each["class"] for each in prediction["objects"])
+        found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        return [prediction["path"], found or "none", prediction["drawn"]]
+    if "mask" in prediction:
+        found = [f"{name} {part:.1%}" for name, part in prediction["proportions"].items()]
+        count = [f"{prediction['count']} objects"] if "count" in prediction else []
+        return [prediction["path"], ", ".join([*found, *count]), prediction["mask"]]
     if "labels" in prediction:
         probabilities = prediction["probabilities"]
         labels = [f"{name} {probabilities[name]:.3f}" for name in prediction["labels"]]

@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from vpt import resources
-from vpt.config import Augment, Published, Strict, validate
+from vpt.config import Augment, Published, Strict
 from vpt.data import layouts
 from vpt.errors import InputError, nearest
-from vpt.settings import read_yaml
+from vpt.settings import read_yaml, validate
 
 
 class Card(Strict):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from vpt.config import DataConfig, Parts, Sampling
+from vpt.config import DataConfig, Half, Parts, Sampling
 from vpt.data.sources import Samples, Source
 from vpt.errors import InputError
 
@@ -35,7 +35,7 @@ class Split:
 
 
 def split_data(source: Source, data: DataConfig) -> Split:
-    """The split that `data` asks for; see `split_shots`."""
+    """The split that `data` asks for; see `split_shots`. `source` is of all classes."""
     return split_shots(
         source,
         data.shots,
@@ -44,6 +44,7 @@ def split_data(source: Source, data: DataConfig) -> Split:
         per=data.shots_per,
         sampling=data.sampling,
         calibration=data.calibration,
+        class_half=data.class_half,
     )
 
 
@@ -56,6 +57,7 @@ def split_shots(
     per: Per = "image",
     sampling: Sampling = "balanced",
     calibration: float | None = None,
+    class_half: Half | None = None,
 ) -> Split:
     """At most `shots` images a class (None: all) to train on, 4 to validate on, and the test part.
 
@@ -76,6 +78,7 @@ def split_shots(
         per: patient: a shot is a patient, with all its images of the class.
         calibration: patients (images, where none are known) of `Split.calibration`: their number,
             an int, or their proportion, below 1, of the training part, or of all without one.
+        class_half: whose images are kept of what was drawn of all classes, as in Dassl.
 
     Raises:
         InputError: a class has no images, a patient is in two parts, patients are not known
@@ -115,6 +118,11 @@ def split_shots(
         val = val and val.take(_draw(source, val, val_shots, per, sampling, rng))
     if test is None:
         test = pool.take(np.flatnonzero(~np.isin(pool.names, train.names)))
+    if class_half:
+        classes, source = source.half_classes(class_half), source.half(class_half)
+        train, test = train.of_classes(classes), test.of_classes(classes)
+        val, held = val and val.of_classes(classes), held and held.of_classes(classes)
+        whole = {name: count for name, count in whole.items() if name in source.class_names}
     if len(test) == 0:
         raise InputError(f"{source.name}: the test part is empty: add images")
     if not train.target.learnable(train.labels):
@@ -131,7 +139,8 @@ def split_shots(
     hashed = {"train": train, "val": val, "test": test, "calibration": held}
     notes = []
     if whole:
-        notes.append(f"fewer {per}s than data.shots={shots}, so all train: {', '.join(whole)}")
+        counts = ", ".join(f"{name} ({count})" for name, count in whole.items())
+        notes.append(f"fewer {per}s than data.shots={shots}, so all train: {counts}")
     notes += absent_classes(source, [test])
     return Split(train, val, test, _hash(hashed), held, tuple(notes))
 
@@ -204,7 +213,7 @@ def _split_patients(samples: Samples, seed: int) -> tuple[Samples, Samples]:
     return samples.take(pool), samples.take(test)
 
 
-def _check_counts(source: Source, samples: Samples, shots: int, per: Per) -> list[str]:
+def _check_counts(source: Source, samples: Samples, shots: int, per: Per) -> dict[str, int]:
     """Classes, each with its number, of which there are fewer than `shots`.
 
     Raises:
@@ -223,7 +232,7 @@ def _check_counts(source: Source, samples: Samples, shots: int, per: Per) -> lis
         if count == 0:
             group = " of the patients to train on" if samples.patients and per == "image" else ""
             raise InputError(f"class {name!r} has 0 {per}s{group}: add {per}s, or remove the class")
-    return [f"{name} ({count})" for name, count in fewer.items()]
+    return fewer
 
 
 def _check_patients(parts: dict[str, Samples]) -> None:

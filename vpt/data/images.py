@@ -4,6 +4,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ SUFFIXES = {
     *(".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
 }
 _DICOM_SUFFIXES = {".dcm", ".dicom"}
+_ORIENTATION, _ON_THE_SIDE = 0x0112, {5, 6, 7, 8}  # EXIF: width and height change places
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,11 @@ class Samples:
             patients=self.patients and [self.patients[i] for i in chosen],
         )
 
+    def of_classes(self, classes: Sequence[int]) -> "Samples":
+        """The samples with these labels, in rising order, which become 0, 1, …"""
+        chosen = self.take(np.flatnonzero(np.isin(self.labels, classes)))
+        return replace(chosen, labels=np.searchsorted(classes, chosen.labels))
+
     def content_hash(self) -> str:
         """SHA-256 of the images' own bytes, in their order, and of the windows."""
         hashed = hashlib.sha256(",".join(self.windows or ()).encode())
@@ -73,7 +80,9 @@ class Samples:
     def hashes(self) -> list[bytes]:
         """SHA-256 of each image's own bytes."""
         return [
-            hashlib.sha256(i.read_bytes() if isinstance(i, Path) else i.tobytes()).digest()
+            _file_hash(i, i.stat().st_size, i.stat().st_mtime_ns)
+            if isinstance(i, Path)
+            else hashlib.sha256(i.tobytes()).digest()
             for i in self.images
         ]
 
@@ -94,6 +103,12 @@ class Samples:
         if isinstance(image, np.ndarray):
             return array_to_image(image)
         return read_image(image, least, self.windows, grey)
+
+
+@cache
+def _file_hash(path: Path, size: int, modified: int) -> bytes:
+    """SHA-256 of a file, which is read again only if its size or time has changed."""
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def samples_of(
@@ -180,6 +195,22 @@ def read_pixels(
         raise ValueError("data.windows is for DICOM, which it is not")
     with path.open("rb") as file:
         return decode(file, least, grey)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file as it is seen, from its header.
+
+    Raises:
+        InputError: not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_ORIENTATION) in _ON_THE_SIDE
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # decoders raise anything
+        raise InputError(
+            f"{path}: not an image that can be read ({reason(error)}): replace or remove it"
+        ) from None
 
 
 def reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vpt import resources
-from vpt.config import Augment, DataConfig, Window
+from vpt.config import Augment, DataConfig, Half, Window
 from vpt.data import layouts, medmnist
 from vpt.data.cards import Card, load_card, plain_card
 from vpt.data.dicom import patient
@@ -45,6 +45,40 @@ class Source:
     def medical(self) -> bool:
         """True if results are not for clinical use: the card says so, or patients are known."""
         return self.card.medical or any(samples.patients for samples in self.parts.values())
+
+    def half(self, which: Half | None) -> "Source":
+        """The source of half of the classes; see `DataConfig.class_half`.
+
+        Raises:
+            InputError: several labels an image, or a half of less than two classes.
+        """
+        if which is None:
+            return self
+        classes = self.half_classes(which)
+        return replace(
+            self,
+            class_names=[self.class_names[label] for label in classes],
+            parts={part: samples.of_classes(classes) for part, samples in self.parts.items()},
+        )
+
+    def half_classes(self, which: Half) -> list[int]:
+        """Labels of that half. Raises as `half`.
+
+        Where the card lists the classes, in its order: ImageNet's is by WordNet id, that of its
+        folders is not.
+        """
+        number = len(self.class_names)
+        if not self.target.exclusive:
+            raise InputError(f"data.class_half={which}: {self.name} has several labels an image")
+        if number < 4:
+            raise InputError(
+                f"data.class_half={which}: {number} classes are too few to halve: give four or more"
+            )
+        listed = self.card.classes or []
+        order = listed if set(listed) == set(self.class_names) else self.class_names
+        base, middle = which == "base", (number + 1) // 2
+        chosen = set(order[:middle] if base else order[middle:])
+        return [label for label, name in enumerate(self.class_names) if name in chosen]
 
 
 def open_source(config: DataConfig, among: Sequence[str] | None = None) -> Source:

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from pydantic import Field, PositiveInt
 
-from vpt.config import Augment, Strict, validate
+from vpt.config import Augment, Strict
 from vpt.errors import InputError
+from vpt.settings import validate
 
 if TYPE_CHECKING:
     import albumentations

@@ -122,7 +122,7 @@ def _fetch(source: str | Path, repository: str | None, name: str, revision: str 
 
 
 def _ask(repository: str, call: Callable[..., Answer], *args: Any, **options: Any) -> Answer:
-    """What a call of the Hub gives.
+    """Result of a call of the Hub.
 
     Raises:
         InputError: no network, no token, no such repository or file, or no right to it.

@@ -8,9 +8,10 @@ from torch import nn
 from vpt import backbones, modules, targets
 from vpt.backbones.base import Backbone
 from vpt.backbones.clip import Tokenizer
-from vpt.config import Strict, validate
+from vpt.config import Strict
 from vpt.errors import InputError, check_class_names
 from vpt.methods.base import Method
+from vpt.settings import validate
 from vpt.targets import Target
 
 __all__ = ["Method", "attach", "attach_to", "check_options", "names"]

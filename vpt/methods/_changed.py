@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 
-import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vpt.backbones._known import is_exactly
+from vpt.backbones._resblock import is_plain
 from vpt.backbones.base import share
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
 from vpt.errors import InputError
 from vpt.methods._templates import TemplateOptions
-from vpt.methods._text import ClassEmbeddings
+from vpt.methods._text import ClassEmbeddings, in_parts
 from vpt.methods.base import require_clip
 
-CHUNK = 256  # texts whose activations are kept at once; more of them run again in backward
+CHUNK = 256  # texts whose activations are kept at once
 PARTS = {"qkv": 3, "proj": 1, "fc1": 1, "fc2": 1, "c_fc": 1, "c_proj": 1}  # of linear layers
 
 
@@ -69,6 +68,8 @@ class ChangedAttention(nn.Module):
         layer, (qkv, change) = self.layer, self.held
         x = qkv(x, layer.in_proj_weight, layer.in_proj_bias)
         heads = x.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if attn_mask is not None and attn_mask.dim() == 3:  # (B · heads, N, N)
+            attn_mask = attn_mask.unflatten(0, (-1, layer.num_heads))
         x = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
         x, out = x.transpose(1, 2).flatten(2), layer.out_proj
         return (out(x) if change is None else change(x, out.weight, out.bias)), None
@@ -132,7 +133,7 @@ class ChangedTowers(ClassEmbeddings):
         for parent in list(tower.modules()):
             for name, layer in list(parent.named_children()):
                 new = None
-                if is_exactly(layer, nn.MultiheadAttention):
+                if is_exactly(layer, nn.MultiheadAttention) and is_plain(parent):
                     qkv = self.change(layer.in_proj_weight.chunk(3))
                     out = None if self.attention_only else self.change([layer.out_proj.weight])
                     new = ChangedAttention(layer, qkv, out)
@@ -158,10 +159,7 @@ class ChangedTowers(ClassEmbeddings):
         """Class embeddings (C, dim), differentiable, not normalised."""
         if self.class_embeddings is not None:
             return self.class_embeddings
-        if len(self.tokens) <= CHUNK or not torch.is_grad_enabled():
-            return self._encode(self.tokens)
-        parts = self.tokens.split(CHUNK)
-        return torch.cat([checkpoint(self._encode, part, use_reentrant=False) for part in parts])
+        return in_parts(self._encode, self.tokens.split(CHUNK))
 
     def _encode(self, tokens: Tensor) -> Tensor:
         tower = self.backbone.text

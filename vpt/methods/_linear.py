@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpt.backbones.base import Backbone
@@ -33,6 +33,8 @@ class LinearReadout(Method):
     instead (cross-fitting: Chernozhukov et al. 2018), and no step touches the head.
 
     Attributes:
+        starts_small: True for streams of tasks, whose losses compare the task's classes alone: what
+            the rows of these have in common stays as it was drawn, and shifts them all.
         penalties: (C,), of the linear probe before the first step, kept for all later ones.
         split_weights: (SPLITS + 1, C, feature_dim) while training, the heads solved without each
             split, and last the one of all images, for an image that no split holds out.
@@ -40,6 +42,7 @@ class LinearReadout(Method):
     """
 
     Options = LinearOptions
+    starts_small: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -50,6 +53,9 @@ class LinearReadout(Method):
     ) -> None:
         super().__init__(backbone, class_names, options, tokenizer)
         self.head = Head(self.feature_dim, len(class_names))
+        if self.starts_small:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
         self.cross_fitted = options.head == "crossfit"
         if self.cross_fitted:
             self.head.requires_grad_(False)

@@ -1,16 +1,16 @@
-"""The read-out half of methods that start from hand-written templates."""
+"""Read-out halves of methods that know hand-written templates."""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
-from vpt.methods._text import ClassEmbeddings, embed_templates
+from vpt.methods._text import ClassEmbeddings, TextReadout, embed_classes, embed_templates
 
 CLIP_NORM = 9.0  # of OpenAI's text features, which have 7 to 11
 CLIP_NORMS = 5.0, 15.0  # taken as they are
@@ -55,6 +55,46 @@ class Templates(ClassEmbeddings):
         texts = embed_templates(backbone, class_names, options.templates, tokenizer)
         embeddings = at_clip_norm(texts.mean(1)) if self.keeps_norms else unit(texts).mean(1)
         self.register_buffer("class_embeddings", embeddings, persistent=False)
+        self.make_state()
+
+
+class Prototypes(Templates):
+    """Class embeddings that start at the templates' and belong to the classes.
+
+    Attributes:
+        prototypes: (C, dim).
+    """
+
+    takes_names = False
+
+    def make_state(self) -> None:
+        """Start the prototypes."""
+        self.prototypes = nn.Parameter(self.class_embeddings.clone())
+
+    def text_features(self, features: Tensor | None = None) -> Tensor:
+        """The prototypes (C, dim), not normalised."""
+        return self.prototypes
+
+
+class TaughtContext(TextReadout):
+    """CoOp's context beside a teacher; the image tower runs without prompts.
+
+    Attributes:
+        teacher: (C, dim), class embeddings of the templates.
+    """
+
+    frozen_features = True
+
+    def __init__(
+        self,
+        backbone: Adapter,
+        class_names: Sequence[str],
+        options: TemplateOptions,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(backbone, class_names, options, tokenizer)
+        teacher = embed_classes(backbone, class_names, options.templates, tokenizer)
+        self.register_buffer("teacher", teacher, persistent=False)
 
 
 def unit(features: Tensor) -> Tensor:

@@ -1,17 +1,22 @@
 """The read-out half of methods with a text tower: logits by class embeddings, a learned context."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vpt.backbones.clip import Adapter
 from vpt.backbones.text import NamePosition, Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.methods.base import Method, require_clip
+
+CHUNK = 1024  # texts whose activations are kept at once where they share a beginning
+
+Part = TypeVar("Part")
 
 
 class ClassEmbeddings(Method):
@@ -33,6 +38,9 @@ class ClassEmbeddings(Method):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(require_clip(backbone, self.name), class_names, options, tokenizer)
+
+    def make_state(self) -> None:
+        """Make a method's own parameters and buffers, once the half's class embeddings are made."""
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Class embeddings (C, dim), differentiable, not normalised.
@@ -58,8 +66,8 @@ class TextReadout(ClassEmbeddings):
             does.
         tokens: (C, T) ids of the text with placeholders; the class name always stands at the end
             in it, also for other positions.
-        suffixes: the texts' tokens after what all of them begin with; None where the text tower
-            can't share a beginning.
+        suffixes: the texts' tokens after what all of them begin with, CHUNK texts each; None where
+            the text tower can't share a beginning.
 
     Raises:
         InputError: the text tower takes no learned context; a fixed text without words.
@@ -87,6 +95,7 @@ class TextReadout(ClassEmbeddings):
             with torch.no_grad():
                 embeddings = backbone.encode_texts([f"{init} {n}." for n in names], tokenizer)
         self.register_buffer("class_embeddings", embeddings, persistent=False)
+        self.make_state()
 
     def _start(self, init: str, names: Sequence[str], tokenizer: Tokenizer | None) -> None:
         """Start the prompts, the context from words as far as there are any, and lay out texts."""
@@ -101,15 +110,23 @@ class TextReadout(ClassEmbeddings):
         depth = min(self.text_depth(), tower.num_layers)
         if depth > 1:
             self.text_prompts = nn.Parameter(0.02 * torch.randn(depth - 1, count, tower.width))
-        words = " ".join([*init.split(), *["X"] * len(drawn)])
+        words = " ".join([*init.split(), *[tower.placeholder] * len(drawn)])
         tokens = tower.tokenize([f"{words} {name}." for name in names], tokenizer)
-        lengths = [len(tower.words(name, tokenizer)) for name in names]
+        first = len(ids) + len(drawn)
+        if len(tower.words(words, tokenizer)) != first:
+            raise InputError(
+                f"the tokenizer makes not one token of {tower.placeholder!r}: give the context's "
+                "words as method.init"
+            )
+        # before a name stands a word, on which its tokens may depend
+        lengths = [len(tower.words(f"{words} {name}", tokenizer)) - first for name in names]
         order = tower.order(count, lengths, tokens.shape[1], self.name_position())
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", tower.places(order, count), persistent=False)
         if tower.is_causal and tower.knows_rows:
-            self.suffixes = tower.pack(tokens, max(count, len(ids)))
+            alike = max(count, len(ids))
+            self.suffixes = nn.ModuleList(tower.pack(part, alike) for part in tokens.split(CHUNK))
 
     def text_depth(self) -> int:
         """Number of blocks of the text tower with a context of their own; 0: the text is fixed."""
@@ -132,8 +149,11 @@ class TextReadout(ClassEmbeddings):
         if not self.shares_prefix():
             return torch.stack([self._run(context) for context in contexts])
         tower = self.backbone.text
-        words = tower.embed(self.tokens[:1, : self.suffixes.prefix_length])
-        return tower.run_shared(tower.put(words, contexts), self.suffixes, self.text_prompts)
+        words = tower.embed(self.tokens[:1, : self.suffixes[0].prefix_length])
+        prefixes = tower.put(words, contexts)
+        return in_parts(
+            lambda part: tower.run_shared(prefixes, part, self.text_prompts), list(self.suffixes)
+        )
 
     def _run(self, context: Tensor) -> Tensor:
         embeddings = self.prompt_embeddings(context)
@@ -158,6 +178,18 @@ class TextReadout(ClassEmbeddings):
         """Keep the class embeddings: no text tower at test time."""
         super().make_constants()
         self.class_embeddings = self.text_features()
+
+
+def in_parts(run: Callable[[Part], Tensor], parts: Sequence[Part]) -> Tensor:
+    """Text features (…, C, dim) that `run` gives of each part, one after the other.
+
+    Of several, each runs again in the backward pass, so that only one's activations are kept.
+    """
+    if len(parts) > 1 and torch.is_grad_enabled():
+        features = [checkpoint(run, part, use_reentrant=False) for part in parts]
+    else:
+        features = [run(part) for part in parts]
+    return torch.cat(features, -2)
 
 
 @torch.no_grad()

@@ -138,6 +138,10 @@ class Method(nn.Module):
         takes_names: True where an artefact can be loaded with other class names: nothing that is
             learned belongs to a class.
         from_names: tensors of an artefact that follow from the class names alone.
+        statistics: tensors that later tasks of a stream need and no image does, so that artefacts
+            lack them. A method that has some adds to them in `solve`, unless `task` is 0.
+        passes: of the image tower, that an image takes at test.
+        task: the number of a stream's task that it is trained on, counted from 0.
         is_folded: True for the result of `fold`: it cannot be trained or saved.
     """
 
@@ -149,6 +153,9 @@ class Method(nn.Module):
     cross_fitted = False
     takes_names = False
     from_names: ClassVar[frozenset[str]] = frozenset()
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    task = 0
+    passes = 1.0
     is_folded = False
     target: Target = Multiclass()
 
@@ -248,6 +255,17 @@ class Method(nn.Module):
         """True if the class has any of these methods from elsewhere than `Method`."""
         return any(getattr(cls, name) is not getattr(Method, name) for name in names)
 
+    def begin_task(self, task: int, count: int) -> None:
+        """Called by a stream of `count` tasks before the training on task number `task`."""
+        self.task = task
+
+    def first_session(self) -> "Method | None":
+        """A method that `fit` trains on the same images before `solve`, which `adopt` is given."""
+        return None
+
+    def adopt(self, session: "Method") -> None:
+        """Take over what `first_session` learned."""
+
     def before_epoch(self, at: Epoch) -> None:
         """Called by `fit` before the steps of each epoch."""
 
@@ -267,12 +285,13 @@ class Method(nn.Module):
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
-            if name in tunable or not name.startswith("backbone.")
+            if (name in tunable or not name.startswith("backbone.")) and name not in self.statistics
         }
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint of unfinished training stores."""
-        return self.artifact_tensors()
+        """Tensors that a checkpoint of unfinished training stores, and a stream between tasks."""
+        kept = {name: t for name, t in self.state_dict().items() if name in self.statistics}
+        return {**self.artifact_tensors(), **kept}
 
     def make_room(self, tensors: dict[str, Tensor]) -> None:
         """Size what has the size of the training set; called before `tensors` are loaded."""

@@ -1,14 +1,9 @@
 """CLAP: the zero-shot-initialised probe, held near its start (Silva-Rodríguez et al. 2024)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.losses import Loss
-from vpt.methods._templates import TemplateOptions
 from vpt.methods.base import Batch, Epoch, Step
 from vpt.methods.zs_lp import ZSLP
 
@@ -24,16 +19,11 @@ class CLAP(ZSLP):
         penalties: λ (C,), computed before the first epoch; 1 until then.
     """
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: TemplateOptions,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
+    def make_state(self) -> None:
+        """Make the prototypes and their penalties."""
+        super().make_state()
         self.computed = False
-        self.register_buffer("penalties", torch.ones(len(class_names)), persistent=False)
+        self.register_buffer("penalties", torch.ones(len(self.class_names)), persistent=False)
 
     def before_epoch(self, at: Epoch) -> None:
         """Before the first epoch, also of a resumed run, compute the penalties."""

@@ -1,12 +1,8 @@
 """CLIP-Adapter: a small network mixed into image features (Gao et al. 2021, clip_adapter.py)."""
 
-from collections.abc import Sequence
-
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.methods._templates import TemplateOptions, Templates
 
 
@@ -30,16 +26,10 @@ class CLIPAdapter(Templates):
 
     Options = Options
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        dim = backbone.feature_dim
-        hidden = max(dim // options.reduction, 1)
+    def make_state(self) -> None:
+        """Make the network."""
+        dim = self.backbone.feature_dim
+        hidden = max(dim // self.options.reduction, 1)
         self.adapter = nn.Sequential(
             nn.Linear(dim, hidden, bias=False),
             nn.ReLU(),

@@ -1,13 +1,9 @@
 """CoCoOp: a context that each image shifts (Zhou et al. 2022, trainers/cocoop.py)."""
 
-from collections.abc import Sequence
-
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
 from vpt.errors import InputError
 from vpt.methods._text import TextReadout
@@ -33,17 +29,12 @@ class CoCoOp(TextReadout):
     Options = Options
     frozen_features = True
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        dim, hidden = backbone.feature_dim, max(backbone.feature_dim // 16, 1)
+    def make_state(self) -> None:
+        """Make the network."""
+        dim = self.backbone.feature_dim
+        hidden = max(dim // 16, 1)
         self.meta_net = nn.Sequential(
-            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, backbone.text.width)
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, self.backbone.text.width)
         )
 
     def text_features(self, features: Tensor | None = None) -> Tensor:

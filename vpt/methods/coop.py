@@ -1,13 +1,10 @@
 """CoOp: learnable context vectors before the class name (Zhou et al. 2022, trainers/coop.py)."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import NamePosition, Tokenizer
+from vpt.backbones.text import NamePosition
 from vpt.config import Strict
 from vpt.methods._text import TextReadout
 
@@ -31,18 +28,12 @@ class CoOp(TextReadout):
     Options = Options
     frozen_features = True
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        if options.class_specific:
+    def make_state(self) -> None:
+        """Give each class a context of its own, if the option says so."""
+        if self.options.class_specific:
             self.takes_names = False
-            context = self.context.detach().repeat(len(class_names), 1, 1)
-            if not options.init:
+            context = self.context.detach().repeat(len(self.class_names), 1, 1)
+            if not self.options.init:
                 context = 0.02 * torch.randn_like(context)
             self.context = nn.Parameter(context)
 

@@ -1,13 +1,9 @@
 """IVLP: prompts of their own in both towers (Khattak et al. 2023, trainers/independentVL.py)."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
 from vpt.methods._early import EarlyPrompts
 from vpt.methods._text import TextReadout
@@ -32,16 +28,10 @@ class IVLP(EarlyPrompts, TextReadout):
     Options = Options
     freezes_words = True
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        depth = min(options.image_depth, backbone.num_layers)
-        shape = depth, options.num_image_tokens, self.image_width(depth)
+    def make_state(self) -> None:
+        """Make the image prompts, from N(0, 0.02²)."""
+        depth = min(self.options.image_depth, self.backbone.num_layers)
+        shape = depth, self.options.num_image_tokens, self.image_width(depth)
         self.prompts = nn.Parameter(0.02 * torch.randn(shape))
 
     def text_depth(self) -> int:

@@ -1,16 +1,11 @@
 """KgCoOp: CoOp's context, kept near hand-written prompts (Yao et al. 2023, trainers/kgcoop.py)."""
 
-from collections.abc import Sequence
-
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.losses import Loss
-from vpt.methods._templates import TemplateOptions
-from vpt.methods._text import TextReadout, embed_classes
+from vpt.methods._templates import TaughtContext, TemplateOptions
 from vpt.methods.base import Batch, Step
 
 
@@ -22,29 +17,13 @@ class Options(TemplateOptions):
     weight: NonNegativeFloat = 8.0  # of the distance
 
 
-class KgCoOp(TextReadout):
+class KgCoOp(TaughtContext):
     """The loss is cross-entropy + weight · (1 - mean over classes of the cosine to the templates).
 
     Unlike there, any words may be those to start from.
-
-    Attributes:
-        context: (num_tokens, text_width).
-        teacher: (C, dim), class embeddings of the templates.
     """
 
     Options = Options
-    frozen_features = True
-
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        teacher = embed_classes(backbone, class_names, options.templates, tokenizer)
-        self.register_buffer("teacher", teacher, persistent=False)
 
     def step(self, batch: Batch, loss: Loss) -> Step:
         """Training loss, with the terms `distance` and that of `loss`."""

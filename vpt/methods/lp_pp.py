@@ -1,13 +1,9 @@
 """LP++: a linear probe plus weighted texts, steps sized by the data (Huang et al. 2024)."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.methods._templates import TemplateOptions, Templates, unit
 
 ALPHA_EVERY = 10  # steps
@@ -36,18 +32,12 @@ class LPPlusPlus(Templates):
     takes_names = False
     solved = True
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        self.head = nn.Linear(backbone.feature_dim, len(class_names))
+    def make_state(self) -> None:
+        """Make head and alpha, which `solve` sets."""
+        self.head = nn.Linear(self.backbone.feature_dim, len(self.class_names))
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
-        self.alpha = nn.Parameter(torch.ones(len(class_names)))
+        self.alpha = nn.Parameter(torch.ones(len(self.class_names)))
 
     def similarities_to_texts(self, features: Tensor) -> Tensor:
         """Cosines (B, C) of features of norm 1 and the templates' embeddings."""

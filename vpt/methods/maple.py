@@ -1,13 +1,9 @@
 """MaPLe: image prompts that are linear maps of text prompts (Khattak et al. 2023)."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.config import Strict
 from vpt.methods._early import EarlyPrompts
 from vpt.methods._text import TextReadout
@@ -33,17 +29,11 @@ class MaPLe(EarlyPrompts, TextReadout):
     Options = Options
     freezes_words = True
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
+    def make_state(self) -> None:
+        """Make the couplings."""
         depth = len(self._text_sets())
-        width = self.image_width(depth)
-        self.couplings = nn.ModuleList(nn.Linear(backbone.text.width, width) for _ in range(depth))
+        widths = self.backbone.text.width, self.image_width(depth)
+        self.couplings = nn.ModuleList(nn.Linear(*widths) for _ in range(depth))
 
     def text_depth(self) -> int:
         """Blocks of the text tower with prompts: no more than the image tower has."""

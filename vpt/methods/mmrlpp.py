@@ -14,7 +14,7 @@ from vpt.backbones.text import Tokenizer
 from vpt.errors import InputError
 from vpt.losses import Loss
 from vpt.methods._templates import TemplateOptions
-from vpt.methods._text import ClassEmbeddings
+from vpt.methods._text import CHUNK, ClassEmbeddings, in_parts
 from vpt.methods._tokens import ImagePrompts
 from vpt.methods.base import Batch, Step
 
@@ -85,7 +85,9 @@ class MMRLpp(ImagePrompts, ClassEmbeddings):
         names = [name.replace("_", " ") for name in class_names]
         texts = [options.templates[0].replace("{}", name) for name in names]
         ids = backbone.text.tokenize(texts, tokenizer)
-        self.texts = backbone.text.insert(ids, text_first, options.num_tokens)
+        self.texts = nn.ModuleList(
+            backbone.text.insert(part, text_first, options.num_tokens) for part in ids.split(CHUNK)
+        )
         with torch.no_grad():
             teacher = backbone.text.run(backbone.text.embed(ids), ids)
         self.register_buffer("teacher_texts", teacher, persistent=False)
@@ -104,7 +106,8 @@ class MMRLpp(ImagePrompts, ClassEmbeddings):
         if self.class_embeddings is not None:
             return self.class_embeddings
         prompts, mix = self.text_maps(self.representations), 1 - self.options.beta
-        return self.texts(self.backbone.text, prompts, mix, self.backbone.exact_tokens)
+        tower, exact = self.backbone.text, self.backbone.exact_tokens
+        return in_parts(lambda part: part(tower, prompts, mix, exact), list(self.texts))
 
     def make_constants(self) -> None:
         """Keep the class embeddings: no text tower at test time."""

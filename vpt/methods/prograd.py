@@ -10,8 +10,7 @@ from vpt.backbones.clip import Adapter
 from vpt.backbones.text import Tokenizer
 from vpt.errors import InputError
 from vpt.losses import Loss
-from vpt.methods._templates import TemplateOptions
-from vpt.methods._text import TextReadout, embed_classes
+from vpt.methods._templates import TaughtContext, TemplateOptions
 from vpt.methods.base import Batch, Step
 
 
@@ -25,20 +24,15 @@ class Options(TemplateOptions):
     temperature: PositiveFloat = 1.0
 
 
-class ProGrad(TextReadout):
+class ProGrad(TaughtContext):
     """The gradient is that of cross-entropy, projected where it goes against the teacher's.
 
     The teacher's is the gradient of the cross-entropy with zero-shot probabilities. Unlike there
     (BeierZhu/Prompt-align, trainers/prograd.py), the words of `init` are counted in tokens, so that
     none is left outside the context; on several processes each one projects its own.
-
-    Attributes:
-        context: (num_tokens, text_width).
-        teacher: (C, dim), class embeddings of the templates.
     """
 
     Options = Options
-    frozen_features = True
 
     def __init__(
         self,
@@ -52,8 +46,6 @@ class ProGrad(TextReadout):
         self.options = options
         if options.init:
             self._fill(backbone.text.words(options.init.replace("_", " "), tokenizer))
-        teacher = embed_classes(backbone, class_names, options.templates, tokenizer)
-        self.register_buffer("teacher", teacher, persistent=False)
 
     @torch.no_grad()
     def _fill(self, ids: Tensor) -> None:

@@ -1,14 +1,10 @@
 """ProLIP: the image tower's last projection, held near its start (Fahes et al. 2024)."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from vpt.backbones.base import Backbone
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.losses import Loss
 from vpt.methods._templates import TemplateOptions, Templates
 from vpt.methods.base import Batch, Epoch, Step
@@ -39,22 +35,16 @@ class ProLIP(Templates):
 
     Options = Options
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        projection = linear_projection(backbone)
+    def make_state(self) -> None:
+        """Start the weight from the tower's projection."""
+        projection = linear_projection(self.backbone)
         self.projects = projection is not None
-        identity = torch.eye(backbone.feature_dim, device=backbone.device)
+        identity = torch.eye(self.backbone.feature_dim, device=self.backbone.device)
         start, bias = projection or (identity, torch.zeros_like(identity[0]))
         self.weight = nn.Parameter(start.clone())
         self.register_buffer("start", start, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.penalty = 1.0 if options.penalty is None else options.penalty
+        self.penalty = 1.0 if self.options.penalty is None else self.options.penalty
         self.computed = False
 
     def project(self, pooled: Tensor) -> Tensor:

@@ -1,43 +1,21 @@
 """SS-Text: class means and texts in closed form (Silva-Rodríguez et al. 2025)."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
-from vpt.methods._templates import TemplateOptions, Templates, unit
+from vpt.methods._templates import Prototypes, unit
 
 LEAST = 1e-3  # penalty
 
 
-class SSText(Templates):
+class SSText(Prototypes):
     """The prototype of a class is its templates' embedding + scale · sum of its images / (N λ).
 
     λ penalises the distance to the text: 1 / N, N the number of all images, and at least 0.001
     (jusiro/SS-Text, solvers/sstext.py). Features are of images without augmentation.
-
-    Attributes:
-        prototypes: (C, dim); before `solve` the templates' embeddings.
     """
 
-    takes_names = False
     solved = True
-
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: TemplateOptions,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        self.prototypes = nn.Parameter(self.class_embeddings.clone())
-
-    def text_features(self, features: Tensor | None = None) -> Tensor:
-        """The prototypes (C, dim), not normalised."""
-        return self.prototypes
 
     @torch.no_grad()
     def solve(self, features: Tensor, labels: Tensor) -> None:

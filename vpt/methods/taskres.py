@@ -1,13 +1,9 @@
 """TaskRes: a learned change of each class embedding (Yu et al. 2023, trainers/taskres.py)."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.methods._templates import TemplateOptions, Templates
 
 
@@ -31,14 +27,8 @@ class TaskRes(Templates):
     takes_names = False
     keeps_norms = True
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
+    def make_state(self) -> None:
+        """Make the residuals."""
         self.residuals = nn.Parameter(torch.zeros_like(self.class_embeddings))
 
     def text_features(self, features: Tensor | None = None) -> Tensor:

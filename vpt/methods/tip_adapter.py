@@ -1,13 +1,9 @@
 """Tip-Adapter: training images as keys of a cache, without training (Zhang et al. 2022)."""
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from vpt.backbones.clip import Adapter
-from vpt.backbones.text import Tokenizer
 from vpt.methods._templates import TemplateOptions, Templates, unit
 
 
@@ -34,16 +30,10 @@ class TipAdapter(Templates):
     takes_names = False
     solved = True
 
-    def __init__(
-        self,
-        backbone: Adapter,
-        class_names: Sequence[str],
-        options: Options,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        super().__init__(backbone, class_names, options, tokenizer)
-        self.keys = nn.Parameter(self.class_embeddings.new_empty(0, backbone.feature_dim))
-        self.register_buffer("values", self.keys.new_empty(0, len(class_names)))
+    def make_state(self) -> None:
+        """Make an empty cache."""
+        self.keys = nn.Parameter(self.class_embeddings.new_empty(0, self.backbone.feature_dim))
+        self.register_buffer("values", self.keys.new_empty(0, len(self.class_names)))
 
     def make_room(self, tensors: dict[str, Tensor]) -> None:
         """Make as many keys as an artefact has."""

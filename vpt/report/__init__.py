@@ -8,14 +8,15 @@ from jinja2 import Environment, PackageLoader
 from pydantic import BaseModel
 
 from vpt import resources
-from vpt.config import Published, validate
+from vpt.config import Published
 from vpt.data.cards import Card, load_card
 from vpt.files import write_atomically
 from vpt.progress import Log
+from vpt.report.new_classes import make_tests, tests_table
 from vpt.report.plots import draw_plots
 from vpt.report.runs import caveats, find_runs, read_curves, read_runs, shots_text
 from vpt.report.tables import MEAN, Column, accuracy_table, cell_table, make_cells
-from vpt.settings import read_yaml
+from vpt.settings import read_yaml, validate
 
 PAGES = Environment(loader=PackageLoader("vpt", "report"), autoescape=True, trim_blocks=True)
 
@@ -30,7 +31,7 @@ def report(folder: Path, out: Path, log: Log = print) -> Path:
     """Write a page, CSV and LaTeX of all runs below `folder` into `out`.
 
     report.html, report.csv and report.tex are of finished runs; left_out.csv says which runs are
-    in none of them, and why.
+    in none of them, and why; tests.csv is of runs with `tests`.
 
     Args:
         folder: holds run folders, at any depth.
@@ -56,6 +57,7 @@ def report(folder: Path, out: Path, log: Log = print) -> Path:
 
     cells = make_cells(runs)
     table = accuracy_table(cells, cards, _published(folder, cards))
+    tests = make_tests(runs)
     page = PAGES.get_template("page.html").render(
         num_runs=len(runs),
         cells=cells,
@@ -64,9 +66,12 @@ def report(folder: Path, out: Path, log: Log = print) -> Path:
         medical=any(cards[name].medical for name in set(runs.card) & set(cards)),
         table=table,
         every_cell=cell_table(cells),
+        tests=None if tests.empty else tests_table(tests),
         plots=draw_plots(cells, read_curves(runs)),
     )
     tex = f"% needs booktabs and multirow\n{table.to_latex()}"
+    if not tests.empty:
+        write_atomically(out / "tests.csv", tests.to_csv().encode())
     csv = cells.assign(shots=cells.shots.map(shots_text)).to_csv(index=False)
     reasons = pd.Series(left_out, name="why").to_csv(index_label="run")
     write_atomically(out / "report.tex", tex.encode())

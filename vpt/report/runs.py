@@ -27,7 +27,7 @@ INTERVALS = [name for name in METRICS if name != "ece"]  # metrics that have one
 # settings that do not tell the runs of a cell apart
 _SAME = (
     r"expected\..*|method\.name|data\.(name|root|shots|seed|workers|duplicates)|train\.seed"
-    r"|engine\.feature_cache"
+    r"|engine\.feature_cache|tests\..*"
 )
 
 Interval = tuple[float, float]
@@ -88,7 +88,8 @@ def find_runs(folder: Path) -> tuple[dict[RunFolder, Settings], dict[RunFolder, 
         RunFolder(path.parent): _settings(path) for path in sorted(folder.rglob("config.yaml"))
     }
     tested = {run: s for run, s in found.items() if s.get("data.split") != "train-val"}
-    finished = {run: settings for run, settings in tested.items() if run.result.is_file()}
+    dense = {run for run, s in tested.items() if {"detect.channels", "segment.channels"} & s.keys()}
+    finished = {run: s for run, s in tested.items() if run.result.is_file() and run not in dense}
     failed = {
         RunFolder(path.parent): f"failed: {path.read_text()}"
         for path in sorted(folder.rglob("failure.txt"))
@@ -97,6 +98,7 @@ def find_runs(folder: Path) -> tuple[dict[RunFolder, Settings], dict[RunFolder, 
         mend = next(iter(failed.values()), "give the folder that holds the runs")
         raise InputError(f"{folder}: no finished run below it: {mend}")
     others = dict.fromkeys(tested, "not finished") | failed
+    others |= dict.fromkeys(dense, "of boxes or masks, which this page does not show")
     return finished, {run: state for run, state in others.items() if run not in finished}
 
 
@@ -106,13 +108,14 @@ def read_runs(found: Mapping[RunFolder, Settings], cards: Mapping[str, Card]) ->
     An interval is two columns, `NAME_low` and `NAME_high`; `duplicates` counts the test images that
     look like a training image; `left_untrained` is True where cross-validation (`train.folds`) left
     the method as it starts. `shots` is infinite where all training images were taken. `data`
-    names the root too, where the card is none of a data set. Where runs of a cell differ in more
-    than the seed, `method` says in what, so that they become cells of their own.
+    names the root too, where the card is none of a data set, and the half of its classes. Where
+    runs of a cell differ in more than the seed, `method` says in what, so that they become cells
+    of their own.
 
     Raises:
         InputError: a result.json that is not a run's.
     """
-    results = [_parse(Result, run.result.read_bytes(), run.result) for run in found]
+    results = [parse(Result, run.result.read_bytes(), run.result) for run in found]
     runs = pd.DataFrame([result.model_dump() for result in results])
     runs = runs.astype(
         {"shots": float, "stored_parameters": "Int64"} | dict.fromkeys(METRICS, float)
@@ -133,6 +136,8 @@ def read_runs(found: Mapping[RunFolder, Settings], cards: Mapping[str, Card]) ->
     roots = settings["data.root"][generic].map(lambda root: Path(root).stem)
     runs.loc[generic, "data"] = roots + " (" + runs.card[generic] + ")"
 
+    halves = settings.get("data.class_half", pd.Series("None", settings.index)).fillna("None")
+    runs["data"] += halves.map(lambda half: "" if half == "None" else f", {half} classes")
     settings = settings.loc[:, ~settings.columns.str.fullmatch(_SAME)].fillna("unset")
     for _, part in runs.groupby(CELL):
         chosen = settings.loc[part.index]
@@ -150,7 +155,7 @@ def read_curves(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for run in runs.itertuples():
         path = run.folder.metrics
-        epochs = [_parse(Epoch, line, path) for line in path.read_bytes().splitlines()]
+        epochs = [parse(Epoch, line, path) for line in path.read_bytes().splitlines()]
         if len(epochs) > 1:
             cell = {key: getattr(run, key) for key in CELL}
             rows += [cell | epoch.model_dump() for epoch in epochs]
@@ -200,7 +205,12 @@ def _count_lines(path: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
-def _parse(model: type[Record], text: bytes, path: Path) -> Record:
+def parse(model: type[Record], text: bytes, path: Path) -> Record:
+    """The record that `text` of the file `path` is.
+
+    Raises:
+        InputError: it is not one.
+    """
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

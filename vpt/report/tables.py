@@ -56,7 +56,7 @@ def cell_table(cells: pd.DataFrame) -> Styler:
         values = 100 * cells.reindex(columns=parts)  # not every metric has an interval
         if values[name].notna().any():
             shown[words] = [
-                _percent(mean, spread) + _interval(low, high)
+                percent(mean, spread) + _interval(low, high)
                 for mean, spread, low, high in values.itertuples(index=False)
             ]
     shown["test images"] = cells.num_test
@@ -136,7 +136,7 @@ def accuracy_table(
 def _ours(cells: pd.DataFrame, cards: Mapping[str, Card]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means as numbers, NaN where one is missing, and as text."""
     marked = [
-        _percent(100 * cell.accuracy, 100 * cell.accuracy_std)
+        percent(100 * cell.accuracy, 100 * cell.accuracy_std)
         + (f" †{cell.left_untrained}/{cell.n}" if cell.left_untrained else "")
         for cell in cells.itertuples()
     ]
@@ -150,7 +150,7 @@ def _ours(cells: pd.DataFrame, cards: Mapping[str, Card]) -> tuple[pd.DataFrame,
         numbers[column] = parts.mean(axis="columns", skipna=False)
         counts = parts.count(axis="columns")
         text[column] = [
-            f"{count}/{parts.shape[1]}" if math.isnan(mean) and count else _percent(mean)
+            f"{count}/{parts.shape[1]}" if math.isnan(mean) and count else percent(mean)
             for mean, count in zip(numbers[column], counts, strict=True)
         ]
     return pd.DataFrame(numbers), pd.DataFrame(text, index=means.index)
@@ -166,7 +166,7 @@ def _beside(
         if column in numbers and numbers[column].groupby("shots").count().get(shots):
             sources += [result.source] if result.source not in sources else []
             method = f"{result.method}, published [{sources.index(result.source) + 1}]"
-            rows[shots, result.backbone, method][column] = _percent(100 * result.accuracy)
+            rows[shots, result.backbone, method][column] = percent(100 * result.accuracy)
     index = pd.MultiIndex.from_tuples(rows, names=numbers.index.names)
     return pd.DataFrame(list(rows.values()), index=index, columns=numbers.columns), sources
 
@@ -191,7 +191,7 @@ def _group(cards: Mapping[str, Card], name: str) -> str:
     return (cards[name].group or "") if name in cards else ""
 
 
-def _percent(mean: float, spread: float | None = None) -> str:
+def percent(mean: float, spread: float | None = None) -> str:
     """`mean ± spread` in percent; no spread of one run is a dash, no mean is nothing."""
     if math.isnan(mean):
         return ""

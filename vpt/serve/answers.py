@@ -6,9 +6,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from vpt.dense.detector import Detector
 from vpt.evaluation.decision import Decision
 from vpt.run import NOTICE
 from vpt.serve.bank import Task
+from vpt.serve.boxes import Found
 from vpt.serve.uploads import Refused
 
 TOP = 5  # classes that Hugging Face's servers answer
@@ -31,13 +33,19 @@ class Prediction(BaseModel):
     refer: bool | None = None
 
 
+class Objects(BaseModel):
+    """The objects in one image."""
+
+    objects: list[Found]
+
+
 class Answer(BaseModel):
     """Predictions of one version of a task, in the order of the images."""
 
     task: str
     version: str
     calibrated: bool
-    images: list[Prediction]
+    images: list[Prediction] | list[Objects]
     notice: str | None = None
 
 
@@ -53,8 +61,17 @@ class Described(BaseModel):
     notice: str | None = None
 
 
-def describe(task: Task, version: str) -> dict[str, Any]:
+def describe(name: str, task: Task | Detector, version: str) -> dict[str, Any]:
     """A task, as `Described`."""
+    if isinstance(task, Detector):
+        return {
+            "task": name,
+            "version": version,
+            "method": task.metadata["method"],
+            "target": "boxes",
+            "class_names": task.class_names,
+            **_common(task),
+        }
     return {
         "task": task.name,
         "version": version,
@@ -73,6 +90,14 @@ def answer(task: Task, version: str, logits: list[Tensor]) -> dict[str, Any]:
         described = decision.describe(task.target, row, task.class_names)
         predictions.append({"predictions": ranked(described["probabilities"]), **described})
     return {"task": task.name, "version": version, **_common(task), "images": predictions}
+
+
+def answer_objects(
+    name: str, detector: Detector, version: str, found: list[list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Objects of each image, as `Answer`."""
+    images = [{"objects": objects} for objects in found]
+    return {"task": name, "version": version, **_common(detector), "images": images}
 
 
 def labels(task: Task, logits: Tensor, parameters: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,9 +129,10 @@ def ranked(scores: dict[str, float]) -> list[dict[str, Any]]:
     return [{"label": name, "score": score} for name, score in best]
 
 
-def _common(task: Task) -> dict[str, Any]:
+def _common(task: Task | Detector) -> dict[str, Any]:
     notice = {"notice": NOTICE} if task.metadata.get("medical") else {}
-    return {"calibrated": _decision(task).temperature != 1, **notice}
+    calibrated = isinstance(task, Task) and _decision(task).temperature != 1
+    return {"calibrated": calibrated, **notice}
 
 
 def _decision(task: Task) -> Decision:

@@ -12,9 +12,20 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
+from vpt.dense.detector import Detector
 from vpt.resources import package_version
-from vpt.serve.answers import Answer, Described, Label, answer, describe, labels, ranked
+from vpt.serve.answers import (
+    Answer,
+    Described,
+    Label,
+    answer,
+    answer_objects,
+    describe,
+    labels,
+    ranked,
+)
 from vpt.serve.batching import Busy
+from vpt.serve.boxes import Found, threshold_of
 from vpt.serve.edge import Edge, gauges, promised_bytes, read_body
 from vpt.serve.limits import Tenant, tenant_of
 from vpt.serve.service import Service
@@ -73,7 +84,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         redirect_slashes=False,
         telemetry=dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False),
     )
-    app.add_middleware(Edge, limits=limits, registry=registry)
+    app.add_middleware(Edge, service=service, registry=registry)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -91,7 +102,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return JSONResponse({"error": "a parameter is missing or wrong"}, 400)
 
-    def authorise(
+    async def authorise(
         request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
     ) -> Tenant:
         tenant = tenant_of(tenants, request.headers.get("authorization", ""))
@@ -99,7 +110,7 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
             raise Refused(401, "give a token: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         return tenant
 
-    def administer(tenant: Annotated[Tenant, Depends(authorise)]) -> Tenant:
+    async def administer(tenant: Annotated[Tenant, Depends(authorise)]) -> Tenant:
         if not tenant.admin:
             raise Refused(403, "this is for tokens with admin: true")
         return tenant
@@ -140,12 +151,14 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
     async def list_tasks(tenant: Caller) -> JSONResponse:
         """List the caller's tasks."""
         names = service.names(tenant)
-        return JSONResponse([describe(service.bank.task(n), service.version(n)) for n in names])
+        return JSONResponse(
+            [describe(n, service.find(n, tenant), service.version(n)) for n in names]
+        )
 
     @app.get("/v1/tasks/{task}", responses={200: {"model": Described}, 404: ERRORS[404]})
     async def describe_task(task: str, tenant: Caller) -> JSONResponse:
         """Describe a task."""
-        return JSONResponse(describe(service.find(task, tenant), service.version(task)))
+        return JSONResponse(describe(task, service.find(task, tenant), service.version(task)))
 
     @app.post(
         "/v1/tasks/{task}/predict",
@@ -153,23 +166,29 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         openapi_extra=BODY,
     )
     async def predict(task: str, request: Request, tenant: Caller) -> JSONResponse:
-        """Classify images: the decision on each, as `vpt predict --json` prints it."""
-        service.find(task, tenant)
+        """Decide on images, as `vpt predict --json` prints it, or find their objects."""
+        version, found = service.version(task), service.find(task, tenant)
         async with accepted(request) as upload:
+            if isinstance(found, Detector):
+                objects = await service.find_objects(upload, found)
+                return JSONResponse(answer_objects(task, found, version, objects))
             return JSONResponse(answer(*await service.predict(upload, task, tenant)))
 
     @app.post(
         "/models/{task}",
-        responses={200: {"model": list[Label]}, **ERRORS},
+        responses={200: {"model": list[Label] | list[Found]}, **ERRORS},
         openapi_extra=BODY,
         tags=["Hugging Face"],
     )
     async def classify(task: str, request: Request, tenant: Caller) -> JSONResponse:
-        """Classify an image, as Hugging Face's inference servers answer."""
-        service.find(task, tenant)
+        """Classify an image or find objects, as Hugging Face's inference servers answer."""
+        kind = service.find(task, tenant)
         async with accepted(request) as upload:
             if len(upload.files) != 1:
                 raise Refused(400, "give one image; /v1/tasks/TASK/predict takes several")
+            if isinstance(kind, Detector):
+                threshold = threshold_of(upload.parameters)
+                return JSONResponse((await service.find_objects(upload, kind, threshold))[0])
             found, _, (logits,) = await service.predict(upload, task, tenant)
             return JSONResponse(labels(found, logits, upload.parameters))
 

@@ -16,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vpt.config import validate
 from vpt.errors import InputError
 from vpt.progress import Log
 from vpt.serve.app import create_app, in_time
@@ -26,7 +25,7 @@ from vpt.serve.limits import Limits, Tenant, read_tokens, tenant_of
 from vpt.serve.server import check_address, listen, load_backbone, make_server, show_log
 from vpt.serve.service import Service
 from vpt.serve.uploads import Refused
-from vpt.settings import apply_overrides
+from vpt.settings import apply_overrides, validate
 
 NAME = "vpt"  # of the application on the cluster
 DIED = (RayActorError, WorkerCrashedError)

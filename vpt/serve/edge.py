@@ -19,8 +19,8 @@ log = logging.getLogger("vpt.serve")
 class Edge:
     """Wraps the application: nothing that is logged or counted names a task, image or patient."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, registry: CollectorRegistry) -> None:
-        self.app, self.limits = app, limits
+    def __init__(self, app: ASGIApp, service: Service, registry: CollectorRegistry) -> None:
+        self.app, self.service = app, service
         self.requests = Counter(
             "vpt_requests", "Requests answered", ["route", "status"], registry=registry
         )
@@ -33,7 +33,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self.limits)
+        exchange = Exchange(scope, receive, send, self.service)
         started = time.monotonic()
         try:
             await self.app(scope, exchange.receive, exchange.send)
@@ -56,11 +56,12 @@ class Exchange:
     """A request whose answer may be sent before its body is read.
 
     The connection then closes, and what still comes is dropped first, for a while: closed with
-    bytes unread, it would be reset, and the client might never see the answer.
+    bytes unread, it would be reset, and the client might never see the answer. Those of a stopping
+    server close with each answer.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
-        self._receive, self._send, self.limits = receive, send, limits
+    def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service) -> None:
+        self._receive, self._send, self.service = receive, send, service
         headers = dict(scope["headers"])
         self.unread = headers.get(b"content-length", b"0") != b"0" or (
             b"transfer-encoding" in headers
@@ -79,7 +80,7 @@ class Exchange:
         """A part of the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.unread:
+            if self.unread or not self.service.ready:
                 headers = [*message.get("headers", []), (b"connection", b"close")]
                 message = {**message, "headers": headers}
             await self._send(message)
@@ -92,9 +93,10 @@ class Exchange:
             await self._send(message)
 
     async def _drain(self) -> None:
-        left = self.limits.body_bytes
+        limits = self.service.limits
+        left = limits.body_bytes
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(limits.body_seconds):
                 while self.unread and left > 0:
                     left -= len((await self.receive()).get("body", b""))
         except TimeoutError:

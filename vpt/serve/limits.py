@@ -10,9 +10,9 @@ from typing import Any, Self
 from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from vpt.config import Strict, validate
+from vpt.config import Strict
 from vpt.errors import InputError
-from vpt.settings import read_yaml
+from vpt.settings import read_yaml, validate
 
 SHORTEST_TOKEN = 16
 

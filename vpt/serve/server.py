@@ -1,10 +1,14 @@
 """`vpt serve`: the application on a port, until SIGTERM has been answered."""
 
 import asyncio
+import ctypes
 import ipaddress
 import logging
+import select
 import signal
 import socket
+import struct
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,13 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vpt import artifact, backbones
 from vpt.backbones.base import Backbone
-from vpt.config import validate
 from vpt.errors import InputError
 from vpt.progress import Log
 from vpt.serve.app import create_app
 from vpt.serve.limits import Limits, Tenant, read_tokens
 from vpt.serve.service import Service
-from vpt.settings import apply_overrides
+from vpt.settings import apply_overrides, validate
 
 
 def serve(
@@ -108,7 +111,10 @@ def make_server(service: Service, app: Any) -> "Server":
 
 
 class Server(uvicorn.Server):
-    """Stops by steps: not ready any more, no new connections, all requests answered."""
+    """Stops by steps: not ready any more, no new connections, all requests answered.
+
+    A connection counts as taken once the kernel has completed it.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -138,11 +144,25 @@ class Server(uvicorn.Server):
     def _stop_later(self) -> None:
         self.loop.call_later(self.service.limits.drain_seconds, setattr, self, "should_exit", True)
 
+    async def shutdown(self, sockets: list | None = None) -> None:
+        """Take the connections that wait, and no more; answer all, and end."""
+        self.service.ready = False
+        waiting = select.poll()
+        for listening in sockets or []:
+            _refuse_new(listening)
+            waiting.register(listening, select.POLLIN)
+        while waiting.poll(0):
+            await asyncio.sleep(0)  # a turn of the loop, in which it takes one or all
+        for _ in range(10):  # and those in which it sets the last ones up
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
+
 
 class _PatientProtocol(H11Protocol):
     """Closes a connection on which no whole head of a request has come in time."""
 
     head_seconds: float
+    last_seconds = 1.0  # on stopping, for a request that is on its way
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -153,6 +173,17 @@ class _PatientProtocol(H11Protocol):
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._expect_head()
+
+    def shutdown(self) -> None:
+        """Close when the request under way is answered, or one that still comes."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(self.last_seconds, self._stop)
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
 
     def _expect_head(self) -> None:
         if self._timer is None:
@@ -190,6 +221,18 @@ def check_address(host: str, tenants: Mapping[str, Tenant] | None) -> None:
     """
     if tenants is None and not _is_loopback(host):
         raise InputError(f"--host {host}: others can reach it: give --tokens FILE")
+
+
+def _refuse_new(listening: socket.socket) -> None:
+    """Have the kernel complete no further connection; those that wait can still be taken.
+
+    It drops what asks for one, so that who asks again after the close is refused. Elsewhere than
+    on Linux, connections of the moments before the close are lost.
+    """
+    if sys.platform == "linux":
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))  # BPF: keep 0 bytes
+        program = struct.pack("HL", 1, ctypes.addressof(drop))
+        listening.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
 
 
 def _is_loopback(host: str) -> bool:

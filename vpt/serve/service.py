@@ -15,9 +15,11 @@ from starlette.datastructures import Headers
 from torch import Tensor, nn
 
 from vpt import backbones, methods
+from vpt.dense.detector import Detector
 from vpt.errors import InputError, close
 from vpt.serve.bank import PromptBank, Task
 from vpt.serve.batching import Batcher
+from vpt.serve.boxes import boxes_of, place
 from vpt.serve.limits import Limits, Tenant
 from vpt.serve.tasks import Tasks
 from vpt.serve.uploads import Refused, Upload, parse, read_upload
@@ -58,8 +60,8 @@ class Service:
         self._decoders = ThreadPoolExecutor(limits.decoders, "decoder")
         self._zero_shot = lru_cache(64)(self._attach_zero_shot)
 
-    def find(self, name: str, tenant: Tenant) -> Task:
-        """The task called `name`, if `tenant` sees it.
+    def find(self, name: str, tenant: Tenant) -> Task | Detector:
+        """The task called `name`, if `tenant` sees it; a detector is one by itself.
 
         Raises:
             Refused: there is none, or it is another tenant's, which reads the same.
@@ -69,7 +71,7 @@ class Service:
             known = close(name[:80], own)
             hint = f"; did you mean {known!r}?" if known else ""
             raise Refused(404, f"no such task{hint}")
-        return self.bank.task(name)
+        return self.tasks.detectors.get(name) or self.bank.task(name)
 
     def version(self, name: str) -> str:
         """The first digits of the artefact's digest; empty for a task that is not there."""
@@ -100,6 +102,27 @@ class Service:
             logits = await self._answers(upload, name, task.metadata)
             if all(found == version for found, _ in logits):
                 return task, version, [row for _, row in logits]
+
+    async def find_objects(
+        self, upload: Upload, detector: Detector, threshold: float | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """Objects of each image, as Hugging Face's object detection answers them.
+
+        Images run one after the other, between the batches of classifiers.
+
+        Raises:
+            Refused: images that can't be read.
+        """
+        loop = asyncio.get_running_loop()
+        found = []
+        for file in upload.files:
+            placed = await self._decode(place, detector, file)
+            found.append(
+                await loop.run_in_executor(
+                    self.batcher.thread, boxes_of, detector, *placed, threshold
+                )
+            )
+        return found
 
     async def zero_shot(self, upload: Upload, names: Sequence[str]) -> list[Tensor]:
         """Probabilities (C,) of each image, by texts of the class names.

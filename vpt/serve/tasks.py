@@ -5,6 +5,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from vpt.dense.artefact import kind_of, load
+from vpt.dense.detector import Detector
 from vpt.errors import InputError
 from vpt.serve.bank import PromptBank
 
@@ -14,11 +16,13 @@ class Tasks:
 
     Attributes:
         versions: task → the first digits of its artefact's digest.
+        detectors: those tasks that find boxes, which run by themselves.
     """
 
     def __init__(self, folder: Path, bank: PromptBank) -> None:
         self.folder, self.bank = folder, bank
         self.versions: dict[str, str] = {}
+        self.detectors: dict[str, Detector] = {}
         self._states: dict[str, tuple[int, ...]] = {}
 
     def reload(self) -> dict[str, Any]:
@@ -34,7 +38,7 @@ class Tasks:
             if not path.name.startswith(".")
         }
         for name in sorted(self.versions.keys() - files.keys()):
-            self.bank.remove(name)
+            self._remove(name)
             del self.versions[name], self._states[name]
             done["removed"].append(name)
         for name, path in files.items():
@@ -62,10 +66,23 @@ class Tasks:
         if self._states.get(name) == state:
             return None
         version, known = _version(path), name in self.versions
-        (self.bank.replace if known else self.bank.add)(name, path)
+        if kind_of(path) == "detect":
+            detector = load(path, self.bank.backbone).fold()
+            if known:
+                self._remove(name)
+            self.detectors[name] = detector
+        elif name in self.detectors:
+            self.bank.add(name, path)
+            del self.detectors[name]
+        else:
+            (self.bank.replace if known else self.bank.add)(name, path)
         # the version last: who reads it before the task never takes an old task for the new one
         self.versions[name], self._states[name] = version, state
         return "replaced" if known else "added"
+
+    def _remove(self, name: str) -> None:
+        if self.detectors.pop(name, None) is None:
+            self.bank.remove(name)
 
 
 def _version(path: Path) -> str:

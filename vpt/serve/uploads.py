@@ -5,8 +5,8 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,6 +19,7 @@ from vpt.data.pixels import KEPT_PIXELS, decode
 from vpt.data.transforms import Preprocess
 from vpt.errors import InputError
 
+Result = TypeVar("Result")
 _KINDS = {"multipart/form-data": "multipart", "application/json": "json"}
 Image.init()
 _FORMATS = [  # no others: EPS, for one, runs a program and writes files
@@ -84,17 +85,31 @@ def parse(body: bytes, headers: Headers, max_files: int) -> Upload:
 def read_upload(data: bytes, preprocess: Preprocess, metadata: Mapping[str, Any]) -> np.ndarray:
     """An image file as `preprocess` crops it for the artefact of `metadata`, uint8 (H, W, 3).
 
+    Raises:
+        Refused: as `open_upload`.
+    """
+
+    def crop(image: Image.Image) -> np.ndarray:
+        short, long = sorted(image.size)
+        if long * preprocess.image_size**2 / (short * preprocess.crop_pct**2) > KEPT_PIXELS:
+            raise ValueError(f"{image.width} × {image.height} pixels are too long and thin")
+        return preprocess.crop()(image)
+
+    return open_upload(data, metadata, crop)
+
+
+def open_upload(
+    data: bytes, metadata: Mapping[str, Any], use: Callable[[Image.Image], Result]
+) -> Result:
+    """Result of `use` on an image file for the artefact of `metadata`.
+
     As `vpt predict` reads it: upright, through the artefact's grey range and CT windows.
 
     Raises:
         Refused: not an image, damaged, or too large.
     """
     try:
-        image = _read(data, metadata)
-        short, long = sorted(image.size)
-        if long * preprocess.image_size**2 / (short * preprocess.crop_pct**2) > KEPT_PIXELS:
-            raise ValueError(f"{image.width} × {image.height} pixels are too long and thin")
-        return preprocess.crop()(image)
+        return use(_read(data, metadata))
     except InputError as error:
         raise Refused(415, str(error)) from None
     except UnidentifiedImageError:

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from vpt.accelerator import Precision, make_accelerator
 from vpt.artifact import digest
 from vpt.errors import InputError
-from vpt.evaluation.evaluate import EVAL_BATCH
+from vpt.evaluation.evaluate import EVAL_BATCH, predict
 from vpt.files import write_atomically
 from vpt.methods import Method
 from vpt.methods.base import Batch
@@ -110,10 +110,10 @@ class FrozenColumns:
 
     @torch.no_grad()
     def _compute(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        # a part, not a sampler: accelerate cuts the last batch by the length of the data set
         loader = DataLoader(
-            self.train.dataset,
+            Subset(self.train.dataset, positions),
             EVAL_BATCH,
-            sampler=positions,
             num_workers=self.train.num_workers,
             collate_fn=self.train.collate_fn,
         )
@@ -131,7 +131,9 @@ class FrozenColumns:
     def _key(self, view: int) -> str:
         """Names all that the columns come from; another of any of it is another file."""
         model, images = self.model, self.train.dataset
-        own = model.overrides("image_prompts", "pixels", "read", "features", "frozen_columns")
+        own = model.overrides(
+            "image_prompts", "pixels", "read", "project", "features", "frozen_columns"
+        )
         tensors, tunable = model.artifact_tensors() if own else {}, model.tunable_parameters()
         frozen = {name: t.cpu() for name, t in tensors.items() if name not in tunable}
         text = json.dumps(
@@ -154,12 +156,14 @@ class FrozenColumns:
 
 @torch.no_grad()
 def predict_cached(
-    model: Method, loader: DataLoader, precision: Precision, folder: Path
+    model: Method, loader: DataLoader, precision: Precision, folder: Path | None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, C) and labels of a loader's images, of which `folder` keeps the features.
+    """Logits (N, C) and labels of the images of a loader without augmentation.
 
-    For a method with `frozen_features`, and a loader without augmentation.
+    Of a method with `frozen_features`, `folder` keeps the features; None: nothing does.
     """
+    if folder is None or not model.frozen_features:
+        return predict(model, loader, precision)
     accelerator = make_accelerator(precision)
     frozen = FrozenColumns(model, loader, accelerator, None, folder, log=lambda line: None)
     frozen.show(0)
@@ -192,7 +196,7 @@ def image_features(model: Method, batches: Batches, accelerator: Accelerator) ->
     parts = []
     for batch in batches.prepared(accelerator):
         with accelerator.autocast():
-            features = model.features(batch.inputs)
+            features = model.batch_features(batch)
         whole = (features.float(), batch.labels, batch.columns)
         parts.append(accelerator.gather_for_metrics(whole))
     features, labels, columns = zip(*parts, strict=True)
@@ -218,6 +222,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             whole = file.metadata()["sha256"] == digest(columns, key)
+            whole &= len({len(column) for column in columns.values()}) == 1
     except Exception:
         return None
     return columns if whole else None

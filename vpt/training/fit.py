@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from vpt import losses
 from vpt.accelerator import make_accelerator
-from vpt.config import EngineConfig, TrainConfig, validate
+from vpt.config import EngineConfig, TrainConfig
 from vpt.data.loaders import CACHE_BYTES
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import EVAL_BATCH, evaluate, predict
@@ -28,6 +28,7 @@ from vpt.methods import Method
 from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
 from vpt.progress import Log, TrainingBar
+from vpt.settings import validate
 from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
 from vpt.training.epochs import Record, epochs
 from vpt.training.features import FrozenColumns, current_features, image_features
@@ -83,7 +84,7 @@ def fit(
     images = TrainingSet(train, model.target, len(model.class_names))
     engine = engine or EngineConfig()
     accelerator = make_accelerator(config.precision, engine.compile)
-    config = _prepare(config, model, images, accelerator)
+    given, config = config, _prepare(config, model, images, accelerator)
     begin = time.perf_counter()
     set_seed(config.seed)
     in_order = images.own or config.folds or model.cross_fitted
@@ -96,6 +97,11 @@ def fit(
             f"{CACHE_BYTES / 2**30:g} GiB for decoded ones, so each pass decodes them anew"
         )
     if model.solved:
+        if (session := model.first_session()) is not None:
+            log(f"{model.name}: {session.name} is trained first")
+            fit(session, train, val, given, checkpoint=checkpoint, engine=engine,
+                progress=progress, log=log)  # fmt: skip
+            model.adopt(session)
         seen = current_features(model, plain, accelerator, frozen)
         return [_solve(model, seen, accelerator, begin)]
     optimizer = make_optimizer(model, config)

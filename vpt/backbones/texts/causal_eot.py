@@ -9,10 +9,10 @@ from vpt.backbones._inserted import InsertedTexts
 from vpt.backbones._packed import PackedSuffixes
 from vpt.backbones._resblock import is_plain
 from vpt.backbones.text import TextPrompts, TextTower, Tokenizer
-from vpt.errors import InputError
+from vpt.backbones.texts._blocks import Blocks
 
 
-class Tower(TextTower):
+class Tower(Blocks):
     """Texts are BOS, words, EOT (the highest id), padding; what follows EOT can't be seen."""
 
     family = "causal text towers read at EOT, as CLIP's"
@@ -20,8 +20,6 @@ class Tower(TextTower):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.width = self.parts.token_embedding.embedding_dim
-        self.num_layers = len(self.parts.transformer.resblocks)
         self.knows_rows = all(map(is_plain, self.parts.transformer.resblocks))
 
     @staticmethod
@@ -35,51 +33,30 @@ class Tower(TextTower):
     def tokenize(self, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Tensor:
         """Token ids (len(texts), T), cut after the longest text.
 
+        The tower itself says where texts end, so a tokenizer need not show its marks.
+
         Raises:
             InputError: a text that is longer than the tower's context; no tokenizer is known.
         """
-        ids = super().tokenize(texts, tokenizer)
-        # a tokenizer that truncates leaves no room for its padding, so the last column tells
+        ids = TextTower.tokenize(self, texts, tokenizer)
+        # a tokenizer that truncates leaves no room for its padding
         too_long = ids.ne(0).all(1).nonzero()
         if len(too_long):
-            text = texts[int(too_long[0])]
-            raise InputError(
-                f"{text!r} does not fit the text tower's {ids.shape[1]} tokens: shorten it"
-            )
+            raise self._too_long(texts[int(too_long[0])], ids)
         return ids[:, : int(ids.argmax(1).max()) + 1]
-
-    def encode(self, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Tensor:
-        """Text features (len(texts), dim), not normalised."""
-        ids = self.tokenize(texts, tokenizer)
-        return self.run(self.embed(ids), ids)
 
     def words(self, text: str, tokenizer: Tokenizer | None = None) -> Tensor:
         """Token ids (N,) of the text's own words."""
-        return self.tokenize([text], tokenizer)[0, 1:-1]
+        return self.tokenize([text], tokenizer)[0, self.start : -1]
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings (…, width) of ids (…), before the position embedding."""
-        embedding = self.parts.token_embedding
-        return embedding(ids.to(embedding.weight.device))
+    def mask(self, ids: Tensor) -> Tensor:
+        """The causal one (T, T)."""
+        return self.parts.attn_mask[: ids.shape[1], : ids.shape[1]]
 
-    def run(
-        self,
-        embeddings: Tensor,
-        ids: Tensor,
-        prompts: TextPrompts | None = None,
-        places: Tensor | None = None,
-    ) -> Tensor:
-        """Text features (C, dim), not normalised."""
-        length, deep = embeddings.shape[1], 0 if prompts is None else len(prompts)
-        mask = self.parts.attn_mask[:length, :length]
-        x = embeddings + self.parts.positional_embedding[:length]
-        for index, block in enumerate(self.parts.transformer.resblocks):
-            if 0 < index <= deep:
-                prompt = prompts[index - 1].to(x.dtype).expand(len(x), -1, -1)
-                x = x.scatter(1, places[..., None].expand_as(prompt), prompt)
-            x = self.remember(_run_block, block, x, mask)
-        ends = ids.argmax(1).to(x.device)
-        return self.finish(x[torch.arange(len(x), device=x.device), ends])
+    def read(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """EOT tokens (C, width)."""
+        ends = ids.argmax(1).to(tokens.device)
+        return tokens[torch.arange(len(tokens), device=tokens.device), ends]
 
     def pack(self, ids: Tensor, words: int) -> PackedSuffixes:
         """Pack what follows the first `words` in texts (C, T), up to EOT."""
@@ -94,12 +71,3 @@ class Tower(TextTower):
     def insert(self, ids: Tensor, first: int, count: int) -> InsertedTexts:
         """Texts (C, T) that `count` learned tokens enter at block `first`."""
         return InsertedTexts(self, ids, first, count)
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        """EOT tokens (…, width) after the last block to text features (…, dim)."""
-        x, projection = self.parts.ln_final(tokens), self.parts.text_projection
-        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
-
-
-def _run_block(block: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    return block(x, attn_mask=mask)

@@ -1,0 +1,11 @@
+"""Says loudly which tests could not run."""
+
+
+def pytest_terminal_summary(terminalreporter):
+    reasons = {
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and "BROWSER TESTS" in report.longrepr[2]
+    }
+    for reason in sorted(reasons):
+        terminalreporter.write_line(f"DID NOT RUN: {reason}", red=True, bold=True)

@@ -1,0 +1,1 @@
+"""Tasks that come one after another: data, strategies, stages on disk, metrics."""
