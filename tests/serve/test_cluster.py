@@ -50,8 +50,13 @@ def cluster(folder, *limits):
                 break
         assert server.poll() is None, lines
         threading.Thread(target=lambda: lines.extend(server.stderr), daemon=True).start()
-        address = lines[-1].split()[-1] if "http" in lines[-1] else line.split()[-1]
-        with httpx.Client(base_url=address, timeout=120) as client:
+        with httpx.Client(base_url=line.split()[-1], timeout=120) as client:
+            while True:
+                try:
+                    client.get("/readyz")
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.1)
             yield client, server
     finally:
         server.send_signal(signal.SIGTERM)
