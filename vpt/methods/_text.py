@@ -15,6 +15,7 @@ from vpt.errors import InputError
 from vpt.methods.base import Method, require_clip
 
 CHUNK = 1024  # texts whose activations are kept at once where they share a beginning
+WHOLE = 256  # where they don't
 
 Part = TypeVar("Part")
 
@@ -140,14 +141,16 @@ class TextReadout(ClassEmbeddings):
         """Class embeddings (C, dim), differentiable, not normalised."""
         if self.class_embeddings is not None:
             return self.class_embeddings
-        if self.shares_prefix():
-            return self.encode(self.context[None])[0]
-        return self._run(self.context)
+        return self.encode(self.context[None])[0]
 
     def encode(self, contexts: Tensor) -> Tensor:
-        """Class embeddings (B, C, dim) with each of the contexts (B, num_tokens, text_width)."""
+        """Class embeddings (B, C, dim) with each of the contexts.
+
+        Args:
+            contexts: (B, num_tokens, text_width), or (B, C, num_tokens, text_width).
+        """
         if not self.shares_prefix():
-            return torch.stack([self._run(context) for context in contexts])
+            return self._encode_whole(contexts)
         tower = self.backbone.text
         words = tower.embed(self.tokens[:1, : self.suffixes[0].prefix_length])
         prefixes = tower.put(words, contexts)
@@ -155,9 +158,20 @@ class TextReadout(ClassEmbeddings):
             lambda part: tower.run_shared(prefixes, part, self.text_prompts), list(self.suffixes)
         )
 
-    def _run(self, context: Tensor) -> Tensor:
-        embeddings = self.prompt_embeddings(context)
-        return self.backbone.text.run(embeddings, self.tokens, self.text_prompts, self.places)
+    def _encode_whole(self, contexts: Tensor) -> Tensor:
+        columns = (
+            torch.cat([self.prompt_embeddings(context) for context in contexts]),
+            self.tokens.repeat(len(contexts), 1),
+            self.places.repeat(len(contexts), 1),
+        )
+        chunk = len(columns[0]) if self.backbone.exact_tokens else WHOLE
+        parts = list(zip(*(column.split(chunk) for column in columns), strict=True))
+
+        def run(part: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            embeddings, tokens, places = part
+            return self.backbone.text.run(embeddings, tokens, self.text_prompts, places)
+
+        return in_parts(run, parts).unflatten(0, (len(contexts), -1))
 
     def prompt_embeddings(self, context: Tensor) -> Tensor:
         """Text embeddings (C, T, text_width) with a context in place, before the positions.
