@@ -1,12 +1,11 @@
 """`vpt serve --engine ray`: a real local Ray cluster with two replicas, one of which is killed."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import httpx2 as httpx
 import psutil
@@ -16,135 +15,187 @@ from running import png
 
 import vpt
 from vpt import backbones
+from vpt.serve.uploads import read_upload
 
-pytest.importorskip("ray.serve", reason="needs ray[serve]")
-RAW = {"content-type": "image/png"}
+ray = pytest.importorskip("ray", reason="RAY TESTS need ray[serve]")
+ray_serve = pytest.importorskip("ray.serve", reason="RAY TESTS need ray[serve]")
 PATH = "/v1/tasks/pets/predict"
+pytestmark = pytest.mark.slow
+RAW = {"content-type": "image/png"}
+QUEUE = 4  # requests that a replica takes, and that wait for one
+LIMITS = [f"queue={QUEUE}", "images=1", "body_mb=0.1", "drain_seconds=0", "request_seconds=240"]
+CLIENTS = QUEUE + 2  # more than one replica takes
+
+
+def wait_for(true):
+    until = time.monotonic() + 240
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def save(path, seed):
+    """Write an artefact; probabilities of "cat" as it gives them one by one."""
     torch.manual_seed(seed)
     model = vpt.attach(backbones.load("tiny_clip"), "vpt_deep", class_names=["cat", "dog"])
     with torch.no_grad():
-        model.head.weight.normal_()
-    vpt.save(model, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
-    return vpt.load(path).fold()
+        model.head.weight.normal_(std=0.1)
+    vpt.save(model, path)
+
+    @torch.no_grad()
+    def expected(image):
+        preprocess = model.backbone.preprocess
+        pixels = torch.from_numpy(read_upload(png(image), preprocess, {}))
+        return float(model.eval()(preprocess.normalize(pixels[None])).softmax(-1)[0, 0])
+
+    return [expected(image) for image in range(CLIENTS)]
 
 
-@contextmanager
-def cluster(folder, *limits):
-    """A client of the ingress, and its process."""
-    command = [sys.executable, "-m", "vpt.cli", "serve", folder, "--engine", "ray", "--port", "0"]
-    server = subprocess.Popen(
-        [*map(str, command), "drain_seconds=0", *limits],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of two cores, as `ray start` would make it."""
+    settings = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # it is 15: on a busy machine nothing would start
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init("local", log_to_driver=False, **settings)
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+        ray.shutdown()
+
+
+def command(folder):
+    options = ["--engine", "ray", "--replicas", "2", "--port", "0", *LIMITS]
+    return [sys.executable, "-m", "vpt.cli", "serve", str(folder), *options]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, cluster):
+    """(folder, client of the ingress, what is expected of each image)."""
+    folder = tmp_path_factory.mktemp("tasks")
+    expected = save(folder / "pets.safetensors", 0)
     lines = []
-    try:
-        for line in server.stderr:
-            lines.append(line)
-            if "replicas; http://" in line:
-                break
-        assert server.poll() is None, lines
-        threading.Thread(target=lambda: lines.extend(server.stderr), daemon=True).start()
-        with httpx.Client(base_url=line.split()[-1], timeout=120) as client:
-            while True:
-                try:
-                    client.get("/readyz")
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.1)
-            yield client, server
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(90) == 0, lines
+    with subprocess.Popen(command(folder), stderr=subprocess.PIPE, text=True) as server:
+        reader = threading.Thread(target=lambda: lines.extend(server.stderr))
+        reader.start()
+        try:
+            wait_for(lambda: server.poll() is not None or any("replicas; " in x for x in lines))
+            assert server.poll() is None, lines
+            address = next(line for line in lines if "replicas; " in line).split()[-1]
+            with httpx.Client(base_url=address, timeout=240) as client:
+                yield folder, client, expected
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(240) == 0, lines
+            reader.join()
+    assert "vpt" not in ray_serve.status().applications
 
 
 def replicas():
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "ServeReplica:vpt" in "".join(process.info["cmdline"] or []):
-            found.append(process)
+    """Processes of the replicas, once both run."""
+
+    def states():
+        deployment = ray_serve.status().applications["vpt"].deployments["Replica"]
+        return {state: count for state, count in deployment.replica_states.items() if count}
+
+    wait_for(lambda: states() == {"RUNNING": 2})
+    children = psutil.Process().children(recursive=True)
+    found = [child for child in children if "ServeReplica:vpt" in "".join(child.cmdline())]
+    assert len(found) == 2
     return found
 
 
-def test_a_killed_replica_loses_no_request_and_all_see_a_new_artefact(tmp_path):
-    model = save(tmp_path / "pets.safetensors", 0)
-    with cluster(tmp_path) as (client, _):
-        version = client.get("/v1/tasks/pets").json()["version"]
-        first = replicas()
-        assert len(first) == 2
-        stop, replies = threading.Event(), []
-
-        def ask(seed):
-            with httpx.Client(base_url=client.base_url, timeout=120) as own:
-                while not stop.is_set():
-                    replies.append((seed, own.post(PATH, content=png(seed), headers=RAW)))
-
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        while len(replies) < 20:
-            time.sleep(0.05)
-        first[0].kill()
-        after = len(replies) + 40
-        while len(replies) < after:
-            time.sleep(0.05)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        answers = {}
-        for seed, reply in replies:
-            assert reply.status_code == 200, reply.text
-            answers.setdefault(seed, []).append(reply.json()["images"][0]["probabilities"]["cat"])
-        for seen in answers.values():  # every one right, whichever replica gave it
-            assert max(seen) - min(seen) < 1e-5
-
-        save(tmp_path / "pets.safetensors", 1)
-        assert client.post("/v1/reload").json()["replaced"] in (["pets"], [])
-        until = time.monotonic() + 60
-        while len(replicas()) < 2 and time.monotonic() < until:
-            time.sleep(0.2)
-        versions = {
-            client.post(PATH, content=png(seed), headers=RAW).json()["version"]
-            for seed in range(20)
-        }
-        assert len(versions) == 1
-        assert versions != {version}
-    assert model.class_names == ["cat", "dog"]
+def post(client, image):
+    """The answer, once the request is accepted."""
+    while (reply := client.post(PATH, content=png(image), headers=RAW)).status_code == 429:
+        time.sleep(0.05)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
 
 
-def test_what_a_replica_refuses_the_ingress_answers(tmp_path):
-    save(tmp_path / "pets.safetensors", 0)
-    with cluster(tmp_path, "queue=1", "images=1", "body_mb=0.1") as (client, _):
-        assert client.get("/readyz").status_code == 200
-        assert client.post("/v1/tasks/pet/predict", content=png()).status_code == 404
-        assert client.post(PATH, content=b"no image", headers=RAW).status_code == 415
-        large = client.post(PATH, content=bytes(200_000), headers=RAW)
-        assert large.status_code == 413
-        statuses = []
-
-        def ask():
-            with httpx.Client(base_url=client.base_url, timeout=120) as own:
-                for _ in range(5):
-                    reply = own.post(PATH, content=png(), headers=RAW)
-                    statuses.append(reply.status_code)
-                    if reply.status_code == 429:
-                        assert int(reply.headers["retry-after"]) >= 1
-
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert set(statuses) == {200, 429}
+def right(answer, expected):
+    return answer["images"][0]["probabilities"]["cat"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_replicas_that_cannot_start_are_one_line(tmp_path):
-    command = [sys.executable, "-m", "vpt.cli", "serve", tmp_path, "--engine", "ray", "--port", "0"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"vpt: {tmp_path}: no NAME.safetensors in it" in done.stderr
+def test_what_a_replica_refuses_the_ingress_answers(served):
+    _, client, expected = served
+    assert client.get("/readyz").json() == {"status": "ready"}
+    assert right(post(client, 0), expected[0])
+    assert [task["task"] for task in client.get("/v1/tasks").json()] == ["pets"]
+    assert client.post("/v1/tasks/pet/predict", content=png()).status_code == 404
+    assert client.post("/v1/tasks/pe%3Fts/predict", content=png()).status_code == 404
+    assert client.post(PATH, content=b"no image", headers=RAW).status_code == 415
+    assert client.post(PATH, content=bytes(200_000), headers=RAW).status_code == 413
+    assert 'status="415"' in client.get("/metrics").text
+
+
+def test_too_many_requests_are_told_when_to_come_again(served):
+    _, client, expected = served
+    replies = []
+
+    def ask(number):
+        with httpx.Client(base_url=client.base_url, timeout=240) as own:
+            while not any(reply.status_code == 429 for _, reply in replies):
+                image = number % CLIENTS
+                reply = own.post(PATH, content=png(image), headers=RAW)
+                replies.append((image, reply))
+
+    with ThreadPoolExecutor(8 * QUEUE) as pool:
+        list(pool.map(ask, range(8 * QUEUE)))
+    for image, reply in replies:
+        assert reply.status_code in (200, 429)
+        if reply.status_code == 200:
+            assert right(reply.json(), expected[image])
+        else:
+            assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_each_replica_sees_a_replaced_artefact(served):
+    folder, client, expected = served
+    old = post(client, 0)["version"]
+    expected[:] = save(folder / "pets.safetensors", 1)
+    assert client.post("/v1/reload").status_code == 200
+    answers = []
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for other in replicas():
+            other.suspend()
+            try:
+                asked = {pool.submit(post, client, image): image for image in range(CLIENTS)}
+                first = next(as_completed(asked))  # of the one that runs
+                answers.append((asked[first], first.result()))
+            finally:
+                other.resume()
+            answers += [(image, one.result()) for one, image in asked.items()]
+    assert all(right(answer, expected[image]) for image, answer in answers)
+    assert len({answer["version"] for _, answer in answers} - {old}) == 1
+
+
+def test_a_killed_replica_loses_no_request(served):
+    _, client, expected = served
+    victim, _ = replicas()
+    done, stop, answers = [0] * CLIENTS, threading.Event(), []
+
+    def ask(image):
+        with httpx.Client(base_url=client.base_url, timeout=240) as own:
+            while not stop.is_set():
+                answers.append((image, post(own, image)))
+                done[image] += 1
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        asking = [pool.submit(ask, image) for image in range(CLIENTS)]
+        try:
+            wait_for(lambda: all(done))
+            victim.suspend()  # until it holds a request
+            waits = False
+            while not waits:
+                before = list(done)
+                wait_for(lambda: sum(done) > sum(before) + 20 * CLIENTS)  # noqa: B023
+                waits = any(a == b for a, b in zip(before, done, strict=True))
+            victim.kill()
+            before = list(done)
+            wait_for(lambda: all(a < b for a, b in zip(before, done, strict=True)))
+        finally:
+            stop.set()
+        for one in asking:
+            one.result()
+    assert all(right(answer, expected[image]) for image, answer in answers)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -24,10 +24,9 @@ from vpt.serve.answers import (
     labels,
     ranked,
 )
-from vpt.serve.batching import Busy
 from vpt.serve.boxes import Found, threshold_of
-from vpt.serve.edge import Edge, gauges, promised_bytes, read_body
-from vpt.serve.limits import Tenant, tenant_of
+from vpt.serve.edge import REFUSALS, Edge, authorise, gauges, in_time, promised_bytes, read_body
+from vpt.serve.limits import Tenant
 from vpt.serve.service import Service
 from vpt.serve.uploads import Refused, Upload, kind_of
 
@@ -82,17 +81,10 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         docs_url=None,  # the page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        exception_handlers=REFUSALS,
         telemetry=dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False),
     )
     app.add_middleware(Edge, service=service, registry=registry)
-
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        return JSONResponse({"error": error.line}, error.status, error.headers)
-
-    @app.exception_handler(Busy)
-    async def busy(request: Request, error: Busy) -> Response:
-        return JSONResponse({"error": str(error)}, 429, {"Retry-After": str(error.seconds)})
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -102,21 +94,16 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return JSONResponse({"error": "a parameter is missing or wrong"}, 400)
 
-    async def authorise(
-        request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
-    ) -> Tenant:
-        tenant = tenant_of(tenants, request.headers.get("authorization", ""))
-        if tenant is None:
-            raise Refused(401, "give a token: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
-        return tenant
+    bearer = Annotated[Any, Depends(HTTPBearer(auto_error=False))]
 
-    async def administer(tenant: Annotated[Tenant, Depends(authorise)]) -> Tenant:
-        if not tenant.admin:
-            raise Refused(403, "this is for tokens with admin: true")
-        return tenant
+    async def caller(request: Request, _: bearer) -> Tenant:
+        return authorise(tenants, request)
 
-    Caller = Annotated[Tenant, Depends(authorise)]
-    Admin = Annotated[Tenant, Depends(administer)]
+    async def administrator(request: Request, _: bearer) -> Tenant:
+        return authorise(tenants, request, admin=True)
+
+    Caller = Annotated[Tenant, Depends(caller)]
+    Admin = Annotated[Tenant, Depends(administrator)]
 
     @asynccontextmanager
     async def accepted(request: Request) -> AsyncIterator[Upload]:
@@ -218,12 +205,3 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         return await service.reload()
 
     return app
-
-
-@contextmanager
-def in_time():  # noqa: ANN201
-    """Time that has run out as an answer."""
-    try:
-        yield
-    except TimeoutError:
-        raise Refused(503, "it took too long: try again", {"Retry-After": "1"}) from None

@@ -1,49 +1,55 @@
 """`vpt serve --engine ray`: the same application in replicas on a Ray cluster, and an ingress."""
 
 import asyncio
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from prometheus_client import CollectorRegistry
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message
 
 from vpt.errors import InputError
 from vpt.progress import Log
-from vpt.serve.app import create_app, in_time
+from vpt.serve.app import create_app
 from vpt.serve.batching import Busy
-from vpt.serve.edge import Edge, promised_bytes, read_body
-from vpt.serve.limits import Limits, Tenant, read_tokens, tenant_of
-from vpt.serve.server import check_address, listen, load_backbone, make_server, show_log
+from vpt.serve.edge import REFUSALS, Edge, authorise, in_time, promised_bytes, read_body
+from vpt.serve.limits import Limits, Tenant, read_tokens
+from vpt.serve.server import (
+    backbone_settings,
+    check_address,
+    listen,
+    load_backbone,
+    make_server,
+    show_log,
+)
 from vpt.serve.service import Service
 from vpt.serve.uploads import Refused
 from vpt.settings import apply_overrides, validate
 
 NAME = "vpt"  # of the application on the cluster
 DIED = (RayActorError, WorkerCrashedError)
+# of a request, what can travel
+_SCOPE = ("type", "asgi", "http_version", "scheme", "method", "path", "raw_path", "query_string")
+_SCOPE += ("headers", "root_path")
 _OWN = {b"connection", b"content-length", b"transfer-encoding"}  # each connection has its own
 
 
-class Sent(NamedTuple):
-    """A request as a replica gets it, whole."""
-
-    method: str
-    path: str
-    query: bytes
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-
 class Answered(NamedTuple):
-    """An answer as the ingress gets it, whole."""
+    """An answer, whole."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -64,55 +70,35 @@ class Replica:
         if not self.service.tasks.versions:
             raise InputError(f"{folder}: none of its artefacts can be served")
         self.app = create_app(self.service, tenants)
-        self.reloads: int | None = None
+        self.reloads = -1  # before the application has started
         self.running = AsyncExitStack()
         self.lock = asyncio.Lock()
 
-    async def __call__(self, request: Sent, reloads: int) -> Answered:
-        """The application's answer, from the folder as the `reloads`-th reload left it or later."""
+    async def __call__(self, scope: dict[str, Any], body: bytes, reloads: int) -> Answered:
+        """The application's answer, from the folder as of the `reloads`-th reload, or later."""
         async with self.lock:
-            if self.reloads is None:
+            if self.reloads < 0:
                 await self.running.enter_async_context(self.app.router.lifespan_context(self.app))
-            if self.reloads != reloads:
+            if self.reloads < reloads:
                 await self.service.reload()
                 self.reloads = reloads
-        return await ask(self.app, request)
+        return await ask(self.app, scope, body)
 
 
-async def ask(app: Any, request: Sent) -> Answered:
+async def ask(app: ASGIApp, scope: dict[str, Any], body: bytes) -> Answered:
     """The answer of an ASGI application to one request."""
-    messages = [
-        {"type": "http.disconnect"},
-        {"type": "http.request", "body": request.body, "more_body": False},
-    ]
-    found: dict[str, Any] = {"body": b""}
+    sent: list[Message] = []
 
-    async def receive() -> dict[str, Any]:
-        return messages.pop() if len(messages) > 1 else messages[0]
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
 
-    async def send(message: Mapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            found.update(status=message["status"], headers=message.get("headers", []))
-        else:
-            found["body"] += message.get("body", b"")
+    async def send(message: Message) -> None:
+        sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "scheme": "http",
-        "method": request.method,
-        "path": request.path,
-        "raw_path": request.path.encode(),
-        "query_string": request.query,
-        "headers": request.headers,
-        "client": None,
-        "server": None,
-        "root_path": "",
-    }
     await app(scope, receive, send)
-    headers = [(key, value) for key, value in found["headers"] if key.lower() not in _OWN]
-    return Answered(found["status"], headers, found["body"])
+    start, *parts = sent
+    headers = [(key, value) for key, value in start["headers"] if key not in _OWN]
+    return Answered(start["status"], headers, b"".join(part["body"] for part in parts))
 
 
 class Ingress:
@@ -131,6 +117,7 @@ class Ingress:
     ) -> None:
         self.handle, self.limits, self.tenants = handle, limits, tenants
         self.ready, self.reloads, self.bytes = True, 0, 0
+        self.registry = CollectorRegistry()
 
     def app(self) -> Starlette:
         """The application that uvicorn runs."""
@@ -139,11 +126,12 @@ class Ingress:
             routes=[
                 Route("/healthz", self.alive),
                 Route("/readyz", self.is_ready),
+                Route("/metrics", self.metrics),
                 Route("/{path:path}", self.forward, methods=methods),
             ],
-            exception_handlers={Refused: _refused, Busy: _busy},
+            exception_handlers=REFUSALS,
         )
-        app.add_middleware(Edge, limits=self.limits, registry=CollectorRegistry())
+        app.add_middleware(Edge, service=self, registry=self.registry)
         return app
 
     async def alive(self, request: Request) -> Response:
@@ -155,37 +143,41 @@ class Ingress:
         status = "ready" if self.ready else "stopping"
         return JSONResponse({"status": status}, 200 if self.ready else 503)
 
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics: requests of all replicas."""
+        authorise(self.tenants, request, admin=True)
+        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
     async def reload(self) -> None:
         """Let every replica read the folder again before its next answer."""
         self.reloads += 1
 
     async def forward(self, request: Request) -> Response:
         """A replica's answer."""
-        if tenant_of(self.tenants, request.headers.get("authorization", "")) is None:
-            raise Refused(401, "give a token: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+        authorise(self.tenants, request)
         with self._room(promised_bytes(request, self.limits)):
             body = await read_body(request, self.limits)
-            path, query = request.url.path, request.scope["query_string"]
-            sent = Sent(request.method, path, query, request.headers.raw, body)
+            scope = {key: request.scope[key] for key in _SCOPE}
             with in_time():
-                # the replica's own limit says more, so it comes first
+                # a replica that lives says itself when its time is over, so that comes first
                 async with asyncio.timeout(1.5 * self.limits.request_seconds):
-                    answered = await self._ask(sent)
-        if path == "/v1/reload" and answered.status == 200:
+                    status, headers, body = await self._ask(scope, body)
+        if request.scope["path"] == "/v1/reload" and status == 200:
             await self.reload()
-        response = Response(answered.body, answered.status)
-        own = [(k, v) for k, v in response.raw_headers if k in _OWN]
-        response.raw_headers = [*answered.headers, *own]
+        response = Response(body, status)
+        response.raw_headers += headers
         return response
 
-    async def _ask(self, sent: Sent) -> Answered:
+    async def _ask(self, scope: dict[str, Any], body: bytes) -> Answered:
         while True:
             try:
-                return await self.handle.remote(sent, self.reloads)
+                return await self.handle.remote(scope, body, self.reloads)
             except DIED:
                 await asyncio.sleep(0.05)  # the router learns of it meanwhile
             except BackPressureError:
                 raise Busy(1) from None
+            except DeploymentUnavailableError:
+                raise Refused(503, "no replica can start", {"Retry-After": "60"}) from None
 
     @contextmanager
     def _room(self, size: int) -> Iterator[None]:
@@ -196,14 +188,6 @@ class Ingress:
             yield
         finally:
             self.bytes -= size
-
-
-async def _refused(request: Request, error: Any) -> Response:
-    return JSONResponse({"error": error.line}, error.status, error.headers)
-
-
-async def _busy(request: Request, error: Any) -> Response:
-    return JSONResponse({"error": str(error)}, 429, {"Retry-After": str(error.seconds)})
 
 
 def serve(
@@ -234,13 +218,15 @@ def serve(
     limits = validate(Limits, apply_overrides(Limits, {}, overrides), where="vpt serve")
     tenants = read_tokens(tokens) if tokens else None
     check_address(host, tenants)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+    backbone_settings(folder)  # whether it can be served at all
     with listen(host, port) as listening:
         if not ray.is_initialized():
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is for work that can wait
             ray.init(log_to_driver=False, include_dashboard=False)
+        ray_serve.start(http_options={"location": "NoServer"})
         try:
             handle = _start(folder.resolve(), checkpoint, limits, tenants, replicas)
+            listening.listen()  # whoever reads the address can connect
             log(f"{replicas} replicas; http://{host}:{listening.getsockname()[1]}")
             show_log()
             ingress = Ingress(handle, limits, tenants)
@@ -258,7 +244,11 @@ def _start(
     replicas: int,
 ) -> Any:
     """A handle on the replicas, once all run."""
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    resources = ray.cluster_resources()
+    gpus = 1 if resources.get("GPU") else 0
+    kind = "GPU" if gpus else "CPU"
+    if replicas > (has := resources.get(kind, 0)):
+        raise InputError(f"--replicas {replicas}: give {has:g}, the {kind}s of the cluster")
     deployment = ray_serve.deployment(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
@@ -267,11 +257,10 @@ def _start(
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=limits.request_seconds,
     )(Replica)
-    ray_serve.start(http_options={"location": "NoServer"})
     try:
         application = deployment.bind(folder, checkpoint, limits, tenants)
         return ray_serve.run(application, name=NAME, route_prefix=None)
-    except (RuntimeError, RayError, RayServeException) as error:
-        known = [line for line in str(error).splitlines() if "InputError" in line]
-        reason = (known or str(error).splitlines() or [type(error).__name__])[-1]
-        raise InputError(f"replicas of {folder} do not start: {reason.strip()}") from None
+    except (RuntimeError, RayError, RayServeException):
+        said = ray_serve.status().applications[NAME].deployments["Replica"].message.splitlines()
+        known = [line.split("InputError: ")[-1] for line in said if "InputError" in line]
+        raise InputError(f"replicas of {folder} do not start: {(known or said)[-1]}") from None

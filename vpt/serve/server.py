@@ -23,6 +23,7 @@ from vpt.backbones.base import Backbone
 from vpt.errors import InputError
 from vpt.progress import Log
 from vpt.serve.app import create_app
+from vpt.serve.edge import Served
 from vpt.serve.limits import Limits, Tenant, read_tokens
 from vpt.serve.service import Service
 from vpt.settings import apply_overrides, validate
@@ -63,6 +64,7 @@ def serve(
     show_log()
     with listen(host, port) as listening:
         port = listening.getsockname()[1]
+        listening.listen()  # whoever reads the address can connect
         log(f"{len(service.tasks.versions)} tasks on http://{host}:{port}")
         make_server(service, create_app(service, tenants)).run([listening])
 
@@ -71,7 +73,18 @@ def load_backbone(folder: Path, checkpoint: str | None) -> Backbone:
     """The backbone of the first artefact of `folder` that can be read, on the GPU if there is one.
 
     Raises:
-        InputError: there is none, or as `backbones.load`.
+        InputError: as `backbone_settings` and `backbones.load`.
+    """
+    settings = backbone_settings(folder)
+    backbone = backbones.load(settings["name"], checkpoint or settings.get("checkpoint"))
+    return backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def backbone_settings(folder: Path) -> dict[str, Any]:
+    """Name and checkpoint of the backbone of the first artefact of `folder` that can be read.
+
+    Raises:
+        InputError: there is none.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -83,15 +96,13 @@ def load_backbone(folder: Path, checkpoint: str | None) -> Backbone:
             reasons.append(str(error))
             continue
         settings = artifact.backbone_settings(metadata)
-        if "name" not in settings:
-            reasons.append(f"{path}: does not know its backbone's name")
-            continue
-        backbone = backbones.load(settings["name"], checkpoint or settings.get("checkpoint"))
-        return backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+        if "name" in settings:
+            return settings
+        reasons.append(f"{path}: does not know its backbone's name")
     raise InputError(reasons[0] if reasons else f"{folder}: no NAME.safetensors in it")
 
 
-def make_server(service: Service, app: Any) -> "Server":
+def make_server(service: Served, app: Any) -> "Server":
     """The server of `app`, not yet running: give its `run` sockets that listen."""
     seconds = service.limits.body_seconds
 
@@ -116,7 +127,7 @@ class Server(uvicorn.Server):
     A connection counts as taken once the kernel has completed it.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Served) -> None:
         super().__init__(config)
         self.service = service
 
