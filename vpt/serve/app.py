@@ -12,7 +12,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
-from vpt.dense.detector import Detector
+from vpt.dense.model import Dense
 from vpt.resources import package_version
 from vpt.serve.answers import (
     Answer,
@@ -27,6 +27,7 @@ from vpt.serve.answers import (
 from vpt.serve.boxes import Found, threshold_of
 from vpt.serve.edge import REFUSALS, Edge, authorise, gauges, in_time, promised_bytes, read_body
 from vpt.serve.limits import Tenant
+from vpt.serve.masks import Segment
 from vpt.serve.service import Service
 from vpt.serve.uploads import Refused, Upload, kind_of
 
@@ -153,27 +154,27 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         openapi_extra=BODY,
     )
     async def predict(task: str, request: Request, tenant: Caller) -> JSONResponse:
-        """Decide on images, as `vpt predict --json` prints it, or find their objects."""
+        """Decide on images, as `vpt predict --json` prints it, or find objects or segments."""
         version, found = service.version(task), service.find(task, tenant)
         async with accepted(request) as upload:
-            if isinstance(found, Detector):
+            if isinstance(found, Dense):
                 objects = await service.find_objects(upload, found)
                 return JSONResponse(answer_objects(task, found, version, objects))
             return JSONResponse(answer(*await service.predict(upload, task, tenant)))
 
     @app.post(
         "/models/{task}",
-        responses={200: {"model": list[Label] | list[Found]}, **ERRORS},
+        responses={200: {"model": list[Label] | list[Found] | list[Segment]}, **ERRORS},
         openapi_extra=BODY,
         tags=["Hugging Face"],
     )
     async def classify(task: str, request: Request, tenant: Caller) -> JSONResponse:
-        """Classify an image or find objects, as Hugging Face's inference servers answer."""
+        """Classify an image, or find objects or segments, as Hugging Face's servers answer."""
         kind = service.find(task, tenant)
         async with accepted(request) as upload:
             if len(upload.files) != 1:
                 raise Refused(400, "give one image; /v1/tasks/TASK/predict takes several")
-            if isinstance(kind, Detector):
+            if isinstance(kind, Dense):
                 threshold = threshold_of(upload.parameters)
                 return JSONResponse((await service.find_objects(upload, kind, threshold))[0])
             found, _, (logits,) = await service.predict(upload, task, tenant)
