@@ -1,5 +1,6 @@
 """`vpt serve --engine ray`: a real local Ray cluster with two replicas, one of which is killed."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from running import png
 
 import vpt
 from vpt import backbones
+from vpt.serve.limits import Limits
 from vpt.serve.uploads import read_upload
 
 ray = pytest.importorskip("ray", reason="RAY TESTS need ray[serve]")
 ray_serve = pytest.importorskip("ray.serve", reason="RAY TESTS need ray[serve]")
+cluster_module = pytest.importorskip("vpt.serve.cluster", reason="RAY TESTS need ray[serve]")
 PATH = "/v1/tasks/pets/predict"
 pytestmark = pytest.mark.slow
 RAW = {"content-type": "image/png"}
@@ -199,3 +202,29 @@ def test_a_killed_replica_loses_no_request(served):
         for one in asking:
             one.result()
     assert all(right(answer, expected[image]) for image, answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("error", "calls", "status"),
+    [
+        (ray.exceptions.RayActorError(), cluster_module.ATTEMPTS, 503),
+        (ray_serve.exceptions.BackPressureError(5, 4), 1, 429),
+    ],
+)
+def test_what_is_no_answer_is_told(error, calls, status):
+    class Handle:
+        calls = 0
+
+        async def remote(self, *_):
+            self.calls += 1
+            raise error
+
+    handle = Handle()
+    scope = dict.fromkeys(cluster_module.SCOPE, "") | {
+        **{"type": "http", "method": "POST", "path": PATH, "headers": []},
+    }
+    answered = asyncio.run(
+        cluster_module.ask(cluster_module.Ingress(handle, Limits()).app(), scope, b"an image")
+    )
+    assert (handle.calls, answered.status) == (calls, status)
+    assert b"retry-after" in dict(answered.headers)

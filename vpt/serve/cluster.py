@@ -42,9 +42,11 @@ from vpt.settings import apply_overrides, validate
 
 NAME = "vpt"  # of the application on the cluster
 DIED = (RayActorError, WorkerCrashedError)
-# of a request, what can travel
-_SCOPE = ("type", "asgi", "http_version", "scheme", "method", "path", "raw_path", "query_string")
-_SCOPE += ("headers", "root_path")
+ATTEMPTS = 5  # of a request, which may itself be what replicas die of
+SCOPE = (  # of a request, what can travel
+    *("type", "asgi", "http_version", "scheme", "method"),
+    *("path", "raw_path", "query_string", "headers", "root_path"),
+)
 _OWN = {b"connection", b"content-length", b"transfer-encoding"}  # each connection has its own
 
 
@@ -157,7 +159,7 @@ class Ingress:
         authorise(self.tenants, request)
         with self._room(promised_bytes(request, self.limits)):
             body = await read_body(request, self.limits)
-            scope = {key: request.scope[key] for key in _SCOPE}
+            scope = {key: request.scope[key] for key in SCOPE}
             with in_time():
                 # a replica that lives says itself when its time is over, so that comes first
                 async with asyncio.timeout(1.5 * self.limits.request_seconds):
@@ -169,15 +171,16 @@ class Ingress:
         return response
 
     async def _ask(self, scope: dict[str, Any], body: bytes) -> Answered:
-        while True:
+        for attempt in range(ATTEMPTS):
             try:
                 return await self.handle.remote(scope, body, self.reloads)
             except DIED:
-                await asyncio.sleep(0.05)  # the router learns of it meanwhile
+                await asyncio.sleep(0.1 * 2**attempt)  # the router learns of it meanwhile
             except BackPressureError:
                 raise Busy(1) from None
             except DeploymentUnavailableError:
                 raise Refused(503, "no replica can start", {"Retry-After": "60"}) from None
+        raise Refused(503, "replicas died: try again later", {"Retry-After": "60"})
 
     @contextmanager
     def _room(self, size: int) -> Iterator[None]:
