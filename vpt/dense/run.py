@@ -26,7 +26,7 @@ from vpt.files import write_atomically
 from vpt.folder import RunFolder
 from vpt.progress import Log
 from vpt.resources import package_version
-from vpt.run import NOTICE
+from vpt.run import NOTICE, check_same_split, json_lines
 
 Config = DetectConfig | SegmentConfig
 
@@ -44,6 +44,11 @@ class Prepared:
     model: Any
     diagnosis: dict[str, Any]
 
+    @property
+    def medical(self) -> bool:
+        """True of images of patients."""
+        return self.split.train.patients is not None
+
     def images(self, part: Any) -> CanvasImages:
         """The images of a part of the split, on the canvas."""
         return CanvasImages(part.images, self.canvas, self.model.maps.method.backbone)
@@ -54,17 +59,20 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate what `config` says; returns the contents of result.json.
 
-    Everything that can be wrong with the input is checked before the first file is written. An
-    interrupted run has no checkpoint: with `resume` it starts again, and a finished one is returned
-    as it is.
+    Everything that can be wrong with the input is checked before the first file is written. With
+    `resume` an interrupted run goes on to the same numbers, and a finished one is returned as it
+    is.
 
     Raises:
-        InputError: bad input, or a folder that holds another run.
+        InputError: bad input, or a folder that holds another run or one on other images.
     """
     folder = RunFolder(config.out or default_folder(config))
     if folder.config.is_file():
         if not resume:
-            raise InputError(f"{folder.path}: holds a run: give --resume, or another out=DIR")
+            state = "finished" if folder.result.is_file() else "interrupted"
+            raise InputError(
+                f"{folder.path}: holds a run that is {state}: give --resume, or another out=DIR"
+            )
         if load_dense(str(folder.config)).hash != config.hash:
             raise InputError(f"{folder.path}: holds a run with other settings: give out=DIR")
         if folder.result.is_file():
@@ -97,6 +105,8 @@ def prepare(config: Config, log: Log = print) -> Prepared:
     )
     for line in [*source.notes, *split.notes, kind.describe(split.train, source.class_names)]:
         log(f"data: {line}")
+    folder = RunFolder(config.out or default_folder(config))
+    check_same_split(folder, split.hash)
     survey = check_images([*split.train.images, *split.val.images, *split.test.images])
     grey = find_grey_range(survey, split.train.images, log)
     set_seed(config.train.seed)
@@ -118,12 +128,13 @@ def prepare(config: Config, log: Log = print) -> Prepared:
         f"model: {config.method.name} on {config.backbone.name} at {canvas.width}×{canvas.height}, "
         f"{tunable:,} tunable parameters{', maps computed once' if maps.frozen else ''}"
     )
-    folder = RunFolder(config.out or default_folder(config))
     return Prepared(config, folder, kind, source.layout, split, canvas, model, diagnosis)
 
 
 def train(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
-    """Train, and choose what validation images decide; metrics.jsonl follows.
+    """Train, or go on from the checkpoint, and choose what validation images decide.
+
+    The artefact and metrics.jsonl follow each record.
 
     Raises:
         InputError: the loss is not finite.
@@ -136,7 +147,8 @@ def train(prepared: Prepared, log: Log = print, progress: bool = True) -> list[R
     targets = prepared.kind.targets(prepared.split.train, prepared.canvas, device)
     records = fit(
         model, source, targets, config.train, config.data.flips,
-        on_record=lambda found: write_atomically(folder.metrics, _lines(found)),
+        checkpoint=folder.checkpoint,
+        on_record=lambda found: _keep(prepared, found),
         progress=progress,
     )  # fmt: skip
     val = prepared.split.val
@@ -159,22 +171,11 @@ def write(
 ) -> dict[str, Any]:
     """Write the artefact and the files of a finished run; returns the contents of result.json."""
     config, folder, model, split = prepared.config, prepared.folder, prepared.model, prepared.split
-    medical = split.train.patients is not None
-    artefact.save(
-        model,
-        folder.prompt,
-        config.method.name,
-        config.method.options,
-        data=config.data.model_dump(mode="json", exclude={"root", "patients"}),
-        medical=medical,
-        split_hash=split.hash,
-        config_hash=config.hash,
-        figures=metrics,
-    )
+    _keep(prepared, records, figures=metrics)
     result = {
         **metrics,
         **prepared.diagnosis,
-        **({"notice": NOTICE} if medical else {}),
+        **({"notice": NOTICE} if prepared.medical else {}),
         "tunable_parameters": sum(p.numel() for p in model.tunable_parameters().values()),
         "stored_parameters": sum(t.numel() for t in model.artifact_tensors().values()),
         "artefact_bytes": folder.prompt.stat().st_size,
@@ -199,8 +200,21 @@ def write(
     for name, content in prepared.kind.files(model, found, split.test).items():
         write_atomically(folder.path / name, content)
     write_atomically(folder.result, json.dumps(result, indent=2).encode())
+    folder.checkpoint.unlink(missing_ok=True)
     return result
 
 
-def _lines(records: list[Record]) -> bytes:
-    return "".join(f"{json.dumps(record)}\n" for record in records).encode()
+def _keep(prepared: Prepared, records: list[Record], **details: Any) -> None:
+    config = prepared.config
+    artefact.save(
+        prepared.model,
+        prepared.folder.prompt,
+        config.method.name,
+        config.method.options,
+        data=config.data.model_dump(mode="json", exclude={"root", "patients"}),
+        medical=prepared.medical,
+        split_hash=prepared.split.hash,
+        config_hash=config.hash,
+        **details,
+    )
+    write_atomically(prepared.folder.metrics, json_lines(records))
