@@ -1,4 +1,4 @@
-"""`vpt quickstart`: six methods on handwritten digits, offline, with one table and one plot."""
+"""`vpt quickstart`: seven methods on digits in ink, offline, with one table and one plot."""
 
 import json
 from collections.abc import Sequence
@@ -23,14 +23,17 @@ from vpt.files import write_atomically
 from vpt.folder import RunFolder
 from vpt.run import run
 
-METHODS = {  # run configuration digits_… → what the table calls it
-    "zero_shot": "hand-written prompt (zero-shot)",
-    "linear_probe": "linear probe",
-    "random_prompts": "frozen random prompts",
-    "vpt_shallow": "VPT-shallow",
-    "vpt_deep": "VPT-deep",
+METHODS = {  # run configuration notebook_… → what the table calls it
+    "zero_shot": "hand-written prompt",
+    "tip_adapter": "Tip-Adapter, training-free",
     "coop": "CoOp",
+    "zs_lp": "ZS-LP",
+    "class_means": "class means, training-free",
+    "linear_probe": "linear probe",
+    "vpt_deep": "VPT-deep",
 }
+WORDS = {"zero_shot", "tip_adapter", "coop", "zs_lp"}  # start from the class names
+SHOTS = 4
 NEXT = """Next, on your own images (one folder a class):
   vpt train auto data.root=IMAGES
   vpt predict runs/auto-IMAGES-16shot-seed1/prompt.safetensors IMAGE.jpg
@@ -42,7 +45,7 @@ def quickstart(out: Path, seeds: int = 1) -> None:
     console = Console()
     configs = {
         (method, seed): load_run(
-            f"digits_{method}",
+            f"notebook_{method}",
             [f"data.seed={seed}", f"train.seed={seed}", f"out={out}/{method}-seed{seed}"],
         )
         for method in METHODS
@@ -53,7 +56,8 @@ def quickstart(out: Path, seeds: int = 1) -> None:
         console.print(f"[{step}/{len(configs)}] {METHODS[method]}, seed {seed}", highlight=False)
         results[method, seed] = run(config, resume=True, log=lambda line: None)
     rows = [_summary(m, [results[m, s] for s in range(1, seeds + 1)]) for m in METHODS]
-    summary = {"data": "digits", "backbone": "tiny_clip", "shots": 16, "seeds": seeds, "rows": rows}
+    summary = {"data": "notebook_digits", "backbone": "tiny_clip", "shots": SHOTS}
+    summary |= {"seeds": seeds, "rows": rows}
     write_atomically(out / "result.json", json.dumps(summary, indent=2).encode())
     _draw(rows, configs["zero_shot", 1], configs["vpt_deep", 1], out / "figure.png")
     console.print(_table(rows, seeds))
@@ -72,15 +76,17 @@ def _summary(method: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[dict[str, Any]], seeds: int) -> Table:
-    title = "Handwritten digits, 16 shots a class, embedded tiny CLIP"
+    title = f"Digits in ink on ruled paper, {SHOTS} images a class, embedded tiny CLIP"
     table = Table(title=f"{title}, {seeds} seeds" if seeds > 1 else title)
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
+    table.add_column("starts from")
     for column in ("test accuracy", "tunable parameters", "seconds to train"):
         table.add_column(column, justify="right")
     for row in rows:
         spread = f" ± {row['accuracy_std']:.1%}" if row["accuracy_std"] is not None else ""
         table.add_row(
             METHODS[row["method"]],
+            "words" if row["method"] in WORDS else "images",
             f"{row['accuracy']:.1%}{spread}",
             f"{row['tunable_parameters']:,}",
             f"{row['train_seconds']:.1f}",
@@ -108,7 +114,9 @@ def _draw(rows: Sequence[dict[str, Any]], before: RunConfig, after: RunConfig, p
     )
     axes.bar_label(bars, fmt="%.1f", padding=4)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 112), xlabel="test accuracy, %", title="digits, 16 shots a class")
+    axes.set(
+        xlim=(0, 112), xlabel="test accuracy, %", title=f"digits in ink, {SHOTS} images a class"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     for column, (method, logits) in enumerate(predictions.items(), start=1):
         axes = figure.add_subplot(grid[0, column])

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import vpt_cli, write_image
 
@@ -17,7 +18,13 @@ from vpt.data.cards import load_card
 from vpt.data.sources import open_source
 from vpt.errors import InputError
 
-PUBLISHED = ["digits", "fgvc", "vtab", "zhou"]  # only their cards can say how they are read
+PUBLISHED = [
+    "digits",
+    "fgvc",
+    "notebook",
+    "vtab",
+    "zhou",
+]  # only their cards can say how they are read
 LINES = '''"""A list `labels.txt` of lines PART FILE CLASS."""
 
 from pathlib import Path
@@ -107,7 +114,7 @@ def test_what_only_a_card_explains_needs_the_name_of_one(tmp_path, name):
                  "val.json", "test.json"):  # fmt: skip
         (tmp_path / file).touch()
     assert layouts.recognise(tmp_path) == "folder"
-    if name != "digits":
+    if name not in {"digits", "notebook"}:
         with pytest.raises(InputError, match=f"no '{name}' in datasets/"):
             open_source(DataConfig(root=tmp_path, name=name))
 
@@ -172,3 +179,18 @@ def test_an_own_layout_is_trained_on_and_evaluated(own, listed, tmp_path, capfd,
     code, out, err = vpt_cli(capfd, monkeypatch, "eval", run / "prompt.safetensors")
     assert code == 0, err
     assert f"{result['accuracy']:.4f}" in out
+
+
+def test_a_notebook_holds_the_digits_in_ink():
+    """Every page is light, lines and ink on it, and darkest where the digit is brightest."""
+    pages, digits = (open_source(DataConfig(name=name)) for name in ("notebook_digits", "digits"))
+    ours, theirs = pages.parts["all"], digits.parts["all"]
+    assert ours.images.shape == (1797, 32, 32, 3)
+    assert ours.names == theirs.names
+    assert (ours.labels == theirs.labels).all()
+    assert ours.images.reshape(1797, -1).mean(1).min() > 128
+    ink = 255 - ours.images.min(-1).reshape(1797, 8, 4, 8, 4).mean((2, 4))
+    same = [
+        np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(ink, theirs.images, strict=True)
+    ]
+    assert np.mean(same) > 0.9

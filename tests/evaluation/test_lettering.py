@@ -82,7 +82,7 @@ def test_quickstart(tmp_path):
     names, configs, rows = [*"〇一二三四五六七八九"], [], []
     for method in ("zero_shot", "linear_probe"):
         classes = f"data.classes=[{','.join(names)}]"
-        config = load_run(f"digits_{method}", [classes, f"out={tmp_path / method}"])
+        config = load_run(f"notebook_{method}", [classes, f"out={tmp_path / method}"])
         model = vpt.attach(backbones.load("tiny_clip"), method, class_names=names)
         vpt.save(model, RunFolder(config.out).prompt)
         configs.append(config)
