@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from scenes import CLASSES, draw, write_coco, write_voc
 from tiny import vpt_cli
 
-from vpt.dense import fit
+from vpt.dense import fit, map_files
 from vpt.dense.artefact import kind_of
 from vpt.dense.compare import paired_difference
 from vpt.dense.config import load_dense
+from vpt.dense.pyramid import Maps
 from vpt.dense.run import run
 from vpt.errors import InputError
 from vpt.folder import RunFolder
@@ -193,6 +194,51 @@ def test_a_killed_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
     (tmp_path / "run/checkpoint.pt").write_bytes(b"half")
     with pytest.raises(InputError, match=r"checkpoint.pt: cannot be continued .* start again"):
         run(config, resume=True, log=print, progress=False)
+
+
+def test_maps_of_a_frozen_tower_are_kept_on_disk(tmp_path, monkeypatch):
+    data, cache, lines = write_voc(tmp_path / "cells", PARTS), tmp_path / "maps", []
+
+    def train(name, *more):
+        keys = [
+            *FAST,
+            f"data.root={data}",
+            "data.shots=2",
+            "data.flips=none",
+            *more,
+            f"out={tmp_path / name}",
+        ]
+        return run(load_dense("detect", keys), log=lines.append, progress=False)
+
+    def counted(self, *given):
+        calls.append(len(given[0]))
+        return forward(self, *given)
+
+    forward, calls = Maps.forward, []
+    monkeypatch.setattr(Maps, "forward", counted)
+    bare = train("bare")
+    kept = f"engine.feature_cache={cache}"
+    first, calls_first = train("first", kept), calls.copy()
+    calls.clear()
+    second = train("second", kept)
+    assert bare["config_hash"] == first["config_hash"]
+    assert bare["ap"] == first["ap"] == second["ap"]
+    files = sorted(cache.rglob("*.safetensors"))
+    assert sum(calls_first) // 2 - sum(calls) == len(files) == 2
+    assert f"of 2 images up to 0.00 GB in {cache}, of whose disk 1 GiB stay free" in lines[-2]
+
+    files[0].write_bytes(files[0].read_bytes()[:-4] + b"dust")
+    calls.clear()
+    assert train("third", kept)["ap"] == bare["ap"] and sum(calls) == 1 + sum(calls_first) // 2 - 2
+    train("other", kept, "detect.layers=[0]")
+    assert len(list(cache.iterdir())) == 2
+
+    monkeypatch.setattr(map_files, "SPARE_BYTES", 2**62)
+    train("full", f"engine.feature_cache={tmp_path / 'full_disk'}")
+    assert not list((tmp_path / "full_disk").rglob("*.safetensors"))
+    train("prompts", kept, "method.name=vpt_deep")
+    assert any("they change while vpt_deep trains" in line for line in lines)
+    assert len(list(cache.iterdir())) == 2
 
 
 def raiser(*arguments):

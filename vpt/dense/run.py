@@ -16,9 +16,10 @@ from vpt.data.survey import check_images
 from vpt.dense import artefact
 from vpt.dense.canvas import Canvas, choose_canvas
 from vpt.dense.config import DetectConfig, SegmentConfig, load_dense
-from vpt.dense.fit import Record, fit
+from vpt.dense.fit import FLIPS, Record, fit
 from vpt.dense.images import CanvasImages, MapSource
 from vpt.dense.kinds import KINDS
+from vpt.dense.map_files import SPARE_BYTES
 from vpt.dense.pyramid import Maps, attach
 from vpt.dense.split import Split, split_images
 from vpt.errors import InputError
@@ -128,7 +129,22 @@ def prepare(config: Config, log: Log = print) -> Prepared:
         f"model: {config.method.name} on {config.backbone.name} at {canvas.width}×{canvas.height}, "
         f"{tunable:,} tunable parameters{', maps computed once' if maps.frozen else ''}"
     )
+    if config.engine.feature_cache:
+        log(f"maps: {_kept(config, maps, len(split.train))}")
     return Prepared(config, folder, kind, source.layout, split, canvas, model, diagnosis)
+
+
+def _kept(config: Config, maps: Maps, count: int) -> str:
+    """What `engine.feature_cache` does for `count` training images, in words."""
+    if not maps.frozen:
+        return f"they change while {config.method.name} trains, so engine.feature_cache is not used"
+    height, width = maps.size
+    rows, columns = (side // maps.method.backbone.patch_size[0] for side in (height, width))
+    size = 4 * maps.width * rows * columns * count * len(FLIPS[config.data.flips])
+    return (
+        f"of {count} images up to {size / 1e9:.2f} GB in {config.engine.feature_cache}, "
+        f"of whose disk {SPARE_BYTES / 2**30:g} GiB stay free"
+    )
 
 
 def train(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
@@ -142,7 +158,8 @@ def train(prepared: Prepared, log: Log = print, progress: bool = True) -> list[R
     config, folder, model = prepared.config, prepared.folder, prepared.model
     write_atomically(folder.config, to_yaml(config).encode())
     begin = time.perf_counter()
-    source = MapSource(model.maps, prepared.images(prepared.split.train))
+    images, cache = prepared.images(prepared.split.train), config.engine.feature_cache
+    source = MapSource(model.maps, images, cache)
     device = model.maps.method.backbone.device
     targets = prepared.kind.targets(prepared.split.train, prepared.canvas, device)
     records = fit(
