@@ -139,7 +139,8 @@ def test_the_loss_is_of_all_images_after_the_splits(monkeypatch):
     assert not torch.equal(used[0], weights)
 
 
-def test_a_resumed_fit_is_not_judged_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"gated": True, "head": "crossfit"}])
+def test_a_resumed_fit_is_not_judged_again(tmp_path, monkeypatch, options):
     monkeypatch.setattr(crossval, "LEVEL", 2)  # always trained
     data, config = samples([0, 1] * 6), {"epochs": 3, "folds": 2, "lr": 1e-2}
 
@@ -152,20 +153,20 @@ def test_a_resumed_fit_is_not_judged_again(tmp_path, monkeypatch):
                 raise Stop
 
         torch.manual_seed(0)
-        model, lines = vpt.attach(tiny.vit(), num_classes=2), []
-        checkpoint = tmp_path / f"{name}.pt"
-        options = {"checkpoint": checkpoint, "on_epoch": on_epoch, "log": lines.append}
+        model, lines = vpt.attach(tiny.vit(), num_classes=2, **options), []
+        told = {"checkpoint": tmp_path / f"{name}.pt", "on_epoch": on_epoch, "log": lines.append}
         try:
-            history = vpt.fit(model, loader(model, data), config=config, **options)
+            history = vpt.fit(model, loader(model, data), config=config, **told)
         except Stop:
-            history = []
+            return any("cross-validation" in line for line in lines), [], []
         judged = any("cross-validation" in line for line in lines)
-        return judged, [record["loss"] for record in history]
+        gates = [] if model.gates is None else model.gates.tolist()
+        return judged, [(record["loss"], record.get("factor")) for record in history], gates
 
-    judged, expected = fit("whole")
+    judged, *expected = fit("whole")
     assert judged
-    assert fit("stopped", stop_after=1) == (True, [])
-    assert fit("stopped") == (False, expected)
+    assert fit("stopped", stop_after=1) == (True, [], [])
+    assert fit("stopped") == (False, *expected)
 
 
 def test_the_run_compiles_after_splits_that_do_not(monkeypatch):

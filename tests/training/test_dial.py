@@ -13,9 +13,11 @@ from vpt.losses.class_balanced import ClassBalanced
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
+from vpt.methods.vpt_deep import VPTDeep
 from vpt.training import crossval
 from vpt.training.dial import pick
-from vpt.training.side_by_side import SideBySide
+from vpt.training.side_by_side import SideBySide, fits
+from vpt.training.training_set import TrainingSet
 
 LABELS = torch.arange(24) % 3
 PARTS = torch.stack([torch.arange(24) // 8 != held for held in range(3)])
@@ -156,3 +158,31 @@ def test_nothing_is_tried_out_where_nothing_can_be_decided(monkeypatch, labels, 
     vpt.fit(model, loader(model, samples(labels, pixels=pixels)), config=config, log=lines.append)
     assert line in lines[-1], lines
     assert bool(steps) == (line == "chance alone")
+
+
+class Other(VPTDeep):
+    """A loss of its own."""
+
+    def step(self, batch, loss):
+        return super().step(batch, loss)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "augment", "expected"),
+    [
+        ("vpt_deep", {}, "none", True),
+        ("vpt_shallow", {}, "none", True),
+        ("vpt_deep", {"dropout": 0.1}, "none", False),
+        ("vpt_deep", {"gated": False}, "none", False),
+        ("vpt_deep", {"head": "probe"}, "none", False),
+        ("vpt_deep", {}, "crop_flip", False),
+        (Other, {}, "none", False),
+    ],
+)
+def test_only_what_copies_do_as_they_would_alone_is_trained_side_by_side(
+    method, options, augment, expected
+):
+    options = {"gated": True, "head": "crossfit", "num_tokens": 2} | options
+    model = vpt.attach(tiny.vit(), method, num_classes=3, **options)
+    data = loader(model, samples(LABELS.numpy()), augment=augment)
+    assert fits(model, TrainingSet(data, model.target, 3)) == expected

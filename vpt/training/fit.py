@@ -108,7 +108,7 @@ def fit(
     optimizer = make_optimizer(model, config)
     history = read_checkpoint(checkpoint, model, optimizer)
     parts = judged_parts(images, config.folds) if config.folds and not history else []
-    together = side_by_side.fits(model)
+    together = side_by_side.fits(model, images)
     with _bar(progress, model, images, parts, config, accelerator) as bar:
         images.tick = bar.tick
         if together and parts:
@@ -213,7 +213,7 @@ def _bar(
     if isinstance(progress, TrainingBar):
         return nullcontext(progress)
 
-    together, known = side_by_side.fits(model), 0
+    together, known = side_by_side.fits(model, images), 0
 
     def size(batches: int, plain: int) -> int:
         epochs = num_epochs(config, batches)

@@ -18,20 +18,25 @@ from vpt.methods._tokens import Tokens
 from vpt.methods.base import Batch
 from vpt.methods.linear_probe import ABSENT, SPLITS
 from vpt.training.epochs import learning_rate, make_optimizer
+from vpt.training.training_set import TrainingSet
 
 Read = Callable[[Tensor], Tensor]  # places → images (B, 3, H, W)
 
 
-def fits(model: Method) -> bool:
-    """True for gated prompts with cross-fitted heads of one class an image."""
+def fits(model: Method, images: TrainingSet) -> bool:
+    """True for gated prompts with cross-fitted heads, one class an image and one view of each."""
     return (
         isinstance(model, Tokens)
         and isinstance(model, LinearReadout)
         and model.gates is not None
+        and not model.options.dropout
         and model.cross_fitted
         and model.target.exclusive
         and not model.overrides("pixels", "read", "features")
         and type(model).before_epoch is LinearReadout.before_epoch
+        and type(model).step is LinearReadout.step
+        and type(model).learned_prompts is Tokens.learned_prompts
+        and not (images.own and images.loader.dataset.augment)
     )
 
 
