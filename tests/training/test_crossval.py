@@ -289,7 +289,7 @@ class Stream(IterableDataset):
 )
 def test_a_loader_without_parts_is_refused(batches):
     model = vpt.attach(tiny.vit(), num_classes=2)
-    with pytest.raises(InputError, match=r"train\.folds=5 needs a DataLoader with a batch_size"):
+    with pytest.raises(InputError, match=r"train\.folds=3 needs a DataLoader with a batch_size"):
         vpt.fit(model, batches, config=vpt.recipe("vpt_deep")[1])
     model = vpt.attach(tiny.vit(), num_classes=2, head="crossfit")
     with pytest.raises(InputError, match=r"head=crossfit needs a DataLoader with a batch_size"):
@@ -327,7 +327,7 @@ def test_one_bar_counts_the_batches_of_all_stages(monkeypatch, level):
     model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
     config = {"epochs": 2, "folds": 2, "min_steps": 6}
     vpt.fit(model, loader(model, samples([0, 1] * 12)), config=config)
-    parts = 1 + 3 * 2 + len(FACTORS)  # a pass before, 3 epochs of 2 steps, a pass a factor
+    parts = 1 + 2 * 4 + len(FACTORS)  # a pass before, 2 epochs of 4 steps, a pass a factor
     assert counted[0] == [parts, parts if level else 1]
     # then 2 epochs of 3 steps, a pass between them and one after
     assert counted[1:] == ([[2 * 3 + 2] * 2] if level else [])

@@ -15,7 +15,7 @@ from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
 from vpt.methods.vpt_deep import VPTDeep
 from vpt.training import crossval
-from vpt.training.dial import pick
+from vpt.training.dial import judged_batches, pick
 from vpt.training.side_by_side import SideBySide, fits
 from vpt.training.training_set import TrainingSet
 
@@ -186,3 +186,10 @@ def test_only_what_copies_do_as_they_would_alone_is_trained_side_by_side(
     model = vpt.attach(tiny.vit(), method, num_classes=3, **options)
     data = loader(model, samples(LABELS.numpy()), augment=augment)
     assert fits(model, TrainingSet(data, model.target, 3)) == expected
+
+
+@pytest.mark.parametrize(("sizes", "batches"), [([3, 2], 2), ([10, 9], 4), ([200, 201], 7)])
+def test_few_images_are_taken_in_small_batches(sizes, batches):
+    """And no batch is empty."""
+    parts = [(np.arange(size), np.arange(1), np.arange(0)) for size in sizes]
+    assert judged_batches(parts, 32) == batches

@@ -176,7 +176,7 @@ def test_own_loaders_give_images_in_order_without_decoding_for_labels(monkeypatc
 def test_the_recipe_on_ones_own_loader(name):
     options, config = vpt.recipe("vpt_deep")
     assert options == {"num_tokens": 10, "gated": True, "head": "crossfit"}
-    assert config.folds == 5
+    assert config.folds == 3
     model = vpt.attach(tiny.vit(), "vpt_deep", num_classes=3, **options)
     seen, lines, real = set(), [], model.step
 

@@ -14,7 +14,7 @@ from vpt.progress import Log
 from vpt.targets import Target
 from vpt.training.training_set import TrainingSet
 
-ENOUGH = 150  # held-out images that suffice; splits after that many are left out
+ENOUGH = 300  # held-out images that suffice; splits after that many are left out
 LEARNED = 640  # images that a split learns from at most, or 6 a class
 LEVEL = 0.05  # of the one-sided test that training helps
 

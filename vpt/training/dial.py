@@ -1,5 +1,6 @@
 """Chooses how far trained prompts act: a factor on their gates, by held-out training images."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,7 +21,8 @@ from vpt.training.epochs import with_epochs
 from vpt.training.side_by_side import SideBySide
 from vpt.training.training_set import TrainingSet
 
-FACTORS = (0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.25, 0.5, 1.0, 1.5)
+BATCHES = 4  # an epoch at least: a step on few images teaches as much and costs less
 FLIPS = 10_000  # draws of what chance alone gives
 
 
@@ -46,7 +48,7 @@ def choose_factor(
         parts: of `judged_parts`.
         start: features of all images as of now, on the CPU.
         make_loss: of the images of a part.
-        config: of the training.
+        config: of the training, its epochs before `min_steps` adds to them.
         accelerator: of the training.
         tick: called for each batch.
         log: takes lines for the user.
@@ -82,21 +84,22 @@ def choose_factor(
         found = f"gets {wrong} wrong, too few to tell" if wrong else "gets all right"
         log(f"{probe} {found}: left as it starts; train.folds=null trains all the same")
         return 0.0
-    batches = max(len(own.loader) for own in sets)
+    batches = judged_batches(parts, images.loader.batch_size)
     side.train(with_epochs(config, batches), batches, tick)
     after = [logits(factor) for factor in FACTORS]
-    gains = log_losses(model.target, before, labels) - torch.stack(
-        [log_losses(model.target, each, labels) for each in after]
-    )
+    told = torch.stack([log_losses(model.target, each, labels) for each in (before, *after)])
+    gains = told[0] - told[1:]
     balanced = losses[0].log_weights is not None
     gains = weigh(gains.numpy(), model.target, images, held.numpy(), balanced, images.num_classes)
     best, p = pick(gains)
     # processes that compute the same may still round differently
     best, p = broadcast_object_list([best, p])
     factor = FACTORS[best]
+    mean = told.mean(1)
     found = (
-        f"{probe} gets {len(held) - wrong} right, and {right(after[best])} with prompts at "
-        f"{factor:g} times the strength that they were trained at"
+        f"{probe} gets {len(held) - wrong} right (log loss {mean[0]:.3f}), and "
+        f"{right(after[best])} ({mean[1 + best]:.3f}) with prompts at {factor:g} times the "
+        "strength that they were trained at"
     )
     chance = f"by chance alone they would look as good in {p:.2%} of cases"
     if p < crossval.LEVEL:
@@ -107,6 +110,12 @@ def choose_factor(
         "train.folds=null trains all the same"
     )
     return 0.0
+
+
+def judged_batches(parts: Sequence[Part], batch_size: int) -> int:
+    """How many batches an epoch of the judged splits has."""
+    sizes = [len(seen) for seen, _, _ in parts]
+    return max(math.ceil(max(sizes) / batch_size), min(BATCHES, *sizes))
 
 
 def pick(gains: np.ndarray) -> tuple[int, float]:

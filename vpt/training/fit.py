@@ -30,7 +30,7 @@ from vpt.settings import validate
 from vpt.training import side_by_side
 from vpt.training.checkpoint import read_checkpoint, write_checkpoint
 from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
-from vpt.training.dial import FACTORS, choose_factor
+from vpt.training.dial import FACTORS, choose_factor, judged_batches
 from vpt.training.epochs import Record, epochs, make_optimizer, num_epochs, with_epochs
 from vpt.training.features import FrozenColumns, current_features, image_features
 from vpt.training.training_set import Batches, TrainingSet
@@ -109,7 +109,7 @@ def fit(
     history = read_checkpoint(checkpoint, model, optimizer)
     parts = judged_parts(images, config.folds) if config.folds and not history else []
     together = side_by_side.fits(model, images)
-    with _bar(progress, model, images, parts, config, accelerator) as bar:
+    with _bar(progress, model, images, parts, config, given, accelerator) as bar:
         images.tick = bar.tick
         if together and parts:
             bar.next_stage()
@@ -122,7 +122,7 @@ def fit(
             model.before_epoch(Epoch(0, config.epochs, loss, plain, lambda: start))
             make = partial(_make, chosen, model)
             factor = choose_factor(
-                model, images, parts, start, make, config, accelerator, bar.tick, log
+                model, images, parts, start, make, given, accelerator, bar.tick, log
             )
             if not factor:
                 return [_record(model, _logits(model, start, accelerator), start.labels, begin)]
@@ -207,9 +207,13 @@ def _bar(
     images: TrainingSet,
     parts: Sequence[Part],
     config: TrainConfig,
+    given: TrainConfig,
     accelerator: Accelerator,
 ) -> AbstractContextManager[TrainingBar]:
-    """The bar over the parts of cross-validation and the training after them, or a given one."""
+    """The bar over the parts of cross-validation and the training after them, or a given one.
+
+    `config` has the epochs of all images, `given` those that `min_steps` may still add to.
+    """
     if isinstance(progress, TrainingBar):
         return nullcontext(progress)
 
@@ -222,10 +226,9 @@ def _bar(
     stages = []
     if together:
         if parts:
-            largest = max(len(seen) for seen, *_ in parts)
-            batches = math.ceil(largest / images.loader.batch_size)
+            batches = judged_batches(parts, images.loader.batch_size)
             plain = math.ceil(sum(len(seen) + len(held) for seen, held, _ in parts) / EVAL_BATCH)
-            steps = num_epochs(config, batches) * batches
+            steps = num_epochs(given, batches) * batches
             start = math.ceil(len(images.labels) / EVAL_BATCH)
             name = f"trying out on {len(parts)} parts"
             stages = [(name, start + steps + plain * len(FACTORS))]
