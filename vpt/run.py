@@ -159,7 +159,7 @@ def prepare(
     source = data[0] if data else open_source(config.data)
     split = data[1] if data else split_data(source, config.data)
     source = source.half(config.data.class_half)
-    _check_same_split(folder, split)
+    check_same_split(folder, split.hash)
     survey = check_split_images(split)
     calibration = calibration_samples(config, source, split)
     check_method(config)
@@ -340,14 +340,18 @@ def json_lines(records: Sequence[dict[str, Any]]) -> bytes:
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
-def _check_same_split(folder: RunFolder, split: Split) -> None:
-    """Refuses to resume on other images: what was trained on might become test images."""
+def check_same_split(folder: RunFolder, split_hash: str) -> None:
+    """Refuses to resume on other images: what was trained on might become test images.
+
+    Raises:
+        InputError: the folder's artefact is of another split.
+    """
     if folder.prompt.is_file():
         _, metadata = artifact.read(folder.prompt)
-        if metadata.get("split_hash") != split.hash:
+        if metadata.get("split_hash") != split_hash:
             raise InputError(
                 f"{folder.path}: its images changed since it was interrupted (split "
-                f"{metadata.get('split_hash')}, now {split.hash}): give another out=DIR"
+                f"{metadata.get('split_hash')}, now {split_hash}): give another out=DIR"
             )
 
 

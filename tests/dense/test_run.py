@@ -2,22 +2,30 @@
 
 import json
 import os
+import shutil
 import sys
 import tarfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scenes import CLASSES, draw, write_coco, write_voc
 from tiny import vpt_cli
 
+from vpt.dense import fit, map_files
+from vpt.dense.artefact import kind_of
 from vpt.dense.compare import paired_difference
 from vpt.dense.config import load_dense
+from vpt.dense.pyramid import Maps
 from vpt.dense.run import run
 from vpt.errors import InputError
 from vpt.folder import RunFolder
 from vpt.report.runs import find_runs
+from vpt.training.checkpoint import write_checkpoint
 
 FAST = ["backbone.name=tiny_clip", "train.steps=4", "detect.channels=32", "detect.convs=1"]
 PARTS = {"train": draw(6), "val": draw(2, seed=1), "test": draw(3, seed=2)}
@@ -27,6 +35,18 @@ KEYS = {
     *("train_seconds", "seed", "config_hash", "split_hash", "shots_per", "artefact_bytes"),
 }
 VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def write_masks(root, count):
+    """images/ and masks/ of bright squares, class 1."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for number in range(count):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[number : number + 12, 8:20] = 1
+        Image.fromarray(mask * 150 + 40).convert("RGB").save(root / f"images/{number}.png")
+        Image.fromarray(mask).save(root / f"masks/{number}.png")
+    return root
 
 
 @pytest.fixture
@@ -117,6 +137,112 @@ def test_a_run_is_the_same_twice_and_holds_out_without_parts(tmp_path):
     assert "Not for clinical use." in results[0]["notice"]
     assert any("3 training of 1 patients, 3 validation, 3 test" in line for line in lines)
     assert any("fewer than data.shots=50: all train" in line for line in lines)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+@pytest.mark.parametrize("kind", ["detect", "segment"])
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, kind, stop):
+    monkeypatch.setattr(fit, "EVERY", 2)
+    keys = ["backbone.name=tiny_clip", "train.steps=6", f"{kind}.channels=32", "data.shots=5"]
+    keys += ["method.name=vpt_deep", "method.dropout=0.3", "data.flips=both"]
+    if kind == "detect":
+        keys += [f"data.root={write_voc(tmp_path / 'cells', PARTS)}"]
+    else:
+        keys += [f"data.root={write_masks(tmp_path / 'cells', 12)}", "data.masks=class"]
+    load = partial(load_dense, kind)
+    whole = run(load([*keys, f"out={tmp_path / 'whole'}"]), log=print, progress=False)
+    config, folder = load([*keys, f"out={tmp_path / 'run'}"]), RunFolder(tmp_path / "run")
+
+    def killed(path, model, optimizer, history):
+        write_checkpoint(path, model, optimizer, history)
+        if history[-1]["step"] == stop:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fit, "write_checkpoint", killed)
+        run(config, log=print, progress=False)
+    assert folder.checkpoint.is_file() and not folder.result.exists()
+    assert kind_of(folder.prompt) == kind
+    with pytest.raises(InputError, match="interrupted: give --resume"):
+        run(config, log=print, progress=False)
+    resumed = run(config, resume=True, log=print, progress=False)
+    assert {k: v for k, v in resumed.items() if "seconds" not in k} == {
+        k: v for k, v in whole.items() if "seconds" not in k
+    }
+    both = [load_file(tmp_path / name / "prompt.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
+    assert not folder.checkpoint.exists()
+
+
+def test_a_killed_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
+    parts = {**PARTS, "test": draw(1, seed=2)}
+    data = write_voc(tmp_path / "cells", PARTS)
+    config = load_dense("detect", [*FAST, f"data.root={data}", f"out={tmp_path / 'run'}"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fit, "write_checkpoint", raiser)
+        run(config, log=print, progress=False)
+    shutil.rmtree(data)
+    write_voc(data, parts)
+    with pytest.raises(InputError, match="its images changed since it was interrupted"):
+        run(config, resume=True, log=print, progress=False)
+    shutil.rmtree(data)
+    write_voc(data, PARTS)
+    (tmp_path / "run/checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"checkpoint.pt: cannot be continued .* start again"):
+        run(config, resume=True, log=print, progress=False)
+
+
+def test_maps_of_a_frozen_tower_are_kept_on_disk(tmp_path, monkeypatch):
+    data, cache, lines = write_voc(tmp_path / "cells", PARTS), tmp_path / "maps", []
+
+    def train(name, *more):
+        keys = [
+            *FAST,
+            f"data.root={data}",
+            "data.shots=2",
+            "data.flips=none",
+            *more,
+            f"out={tmp_path / name}",
+        ]
+        return run(load_dense("detect", keys), log=lines.append, progress=False)
+
+    def counted(self, *given):
+        calls.append(len(given[0]))
+        return forward(self, *given)
+
+    forward, calls = Maps.forward, []
+    monkeypatch.setattr(Maps, "forward", counted)
+    bare = train("bare")
+    kept = f"engine.feature_cache={cache}"
+    first, calls_first = train("first", kept), calls.copy()
+    calls.clear()
+    second = train("second", kept)
+    assert bare["config_hash"] == first["config_hash"]
+    assert bare["ap"] == first["ap"] == second["ap"]
+    files = sorted(cache.rglob("*.safetensors"))
+    assert sum(calls_first) // 2 - sum(calls) == len(files) == 2
+    assert f"of 2 images up to 0.00 GB in {cache}, of whose disk 1 GiB stay free" in lines[-2]
+
+    files[0].write_bytes(files[0].read_bytes()[:-4] + b"dust")
+    calls.clear()
+    assert train("third", kept)["ap"] == bare["ap"] and sum(calls) == 1 + sum(calls_first) // 2 - 2
+    train("other", kept, "detect.layers=[0]")
+    assert len(list(cache.iterdir())) == 2
+
+    monkeypatch.setattr(map_files, "SPARE_BYTES", 2**62)
+    train("full", f"engine.feature_cache={tmp_path / 'full_disk'}")
+    assert not list((tmp_path / "full_disk").rglob("*.safetensors"))
+    train("prompts", kept, "method.name=vpt_deep")
+    assert any("they change while vpt_deep trains" in line for line in lines)
+    assert len(list(cache.iterdir())) == 2
+
+
+def raiser(*arguments):
+    raise Killed
 
 
 def test_what_is_missing_is_said_and_nothing_is_written(tmp_path, monkeypatch):

@@ -66,6 +66,13 @@ class SegmentHeadConfig(Strict):
     dice: float = Field(1.0, ge=0)  # weight of the Dice loss beside cross-entropy
 
 
+class DenseEngineConfig(Strict):
+    """Settings of computing, which change no number."""
+
+    # folder for the maps of training images, where nothing in the tower trains; None: memory only
+    feature_cache: File | None = None
+
+
 class DenseConfig(Strict):
     """Common keys of runs on boxes and on masks."""
 
@@ -73,12 +80,13 @@ class DenseConfig(Strict):
     data: DenseDataConfig
     method: MethodConfig
     train: DenseTrainConfig = DenseTrainConfig()
+    engine: DenseEngineConfig = DenseEngineConfig()
     out: File | None = None  # run folder; None: runs/KIND-METHOD-DATA-SHOTSshot-seedSEED
 
     @property
     def hash(self) -> str:
         """Names the run: changes with every setting that can change its result."""
-        settings = self.model_dump(mode="json", exclude={"out"})
+        settings = self.model_dump(mode="json", exclude={"out", "engine"})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

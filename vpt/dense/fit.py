@@ -3,16 +3,19 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 
 from vpt.dense.config import DenseTrainConfig
 from vpt.dense.images import Flip, MapSource
 from vpt.errors import InputError
 from vpt.progress import TrainingBar
+from vpt.training.checkpoint import read_checkpoint, write_checkpoint
 
-EVERY = 50  # steps to a record
+EVERY = 50  # steps to a record and a checkpoint
 FLIPS = {
     "none": [Flip()],
     "horizontal": [Flip(), Flip(True)],
@@ -27,12 +30,14 @@ def fit(
     targets: Callable[[int, Flip], Any],
     config: DenseTrainConfig,
     flips: str,
+    checkpoint: Path | None = None,
     on_record: Callable[[list[Record]], None] = lambda records: None,
     progress: bool = False,
 ) -> list[Record]:
     """Train what `model.tunable_parameters()` names, for so many steps.
 
-    Deterministic on a CPU for one `config.seed`.
+    Deterministic on a CPU for one `config.seed`; the random state is set anew after each record,
+    so a resumed run equals an uninterrupted one.
 
     Args:
         model: a Detector or Segmenter.
@@ -40,6 +45,7 @@ def fit(
         targets: index of an image and its flip → what `model.loss` takes for it.
         config: settings.
         flips: a key of FLIPS.
+        checkpoint: a file written after each record, and continued from where it exists.
         on_record: called after each record with all so far.
         progress: show a bar.
 
@@ -47,7 +53,7 @@ def fit(
         A record for each EVERY steps: step, lr, loss, the means of its named terms, seconds.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss is not finite; the checkpoint does not belong to this model.
     """
     named = model.tunable_parameters()
     own = [p for name, p in named.items() if name.startswith("maps.")]
@@ -56,10 +62,13 @@ def fit(
     optimizer = torch.optim.AdamW(
         [g for g in groups if g["params"]], weight_decay=config.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, config))
+    records: list[Record] = read_checkpoint(checkpoint, model, optimizer)
+    done = records[-1]["step"] if records else 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _factor(step, config), last_epoch=done - 1
+    )
     random = torch.Generator().manual_seed(config.seed)
     batches = _batches(len(source.images), config.batch_size, random)
-    records: list[Record] = []
     sums: dict[str, float] = {}
     begin = time.perf_counter()
     model.train()
@@ -68,6 +77,11 @@ def fit(
         for step in range(config.steps):
             indices = next(batches)
             drawn = torch.randint(len(FLIPS[flips]), (len(indices),), generator=random)
+            if step < done:  # drawn all the same, for what comes after it
+                bar.tick()
+                continue
+            if step % EVERY == 0:
+                set_seed(config.seed + step)
             turned = [FLIPS[flips][number] for number in drawn.tolist()]
             pairs = zip(indices, turned, strict=True)
             terms = model.loss(source.batch(indices, turned), [targets(*pair) for pair in pairs])
@@ -88,6 +102,8 @@ def fit(
                 records.append({"step": step + 1, **means, "seconds": now - begin})
                 sums, begin = {}, now
                 on_record(records)
+                if checkpoint:
+                    write_checkpoint(checkpoint, model, optimizer, records)
     model.eval()
     return records
 

@@ -13,6 +13,7 @@ from vpt.backbones.base import Backbone
 from vpt.data.images import read_image
 from vpt.data.loaders import CACHE_BYTES, ImageStore
 from vpt.dense.canvas import Canvas, fill_colour
+from vpt.dense.map_files import MapFiles
 from vpt.dense.pyramid import Maps
 
 EVAL_BATCH = 16
@@ -60,10 +61,14 @@ class CanvasImages:
 
 
 class MapSource:
-    """Maps of images: with gradients where these train, else computed once and kept."""
+    """Maps of images: with gradients where these train, else computed once and kept.
 
-    def __init__(self, maps: Maps, images: CanvasImages) -> None:
+    They are kept in memory, up to CACHE_BYTES, and in `folder`, where one is given.
+    """
+
+    def __init__(self, maps: Maps, images: CanvasImages, folder: Path | None = None) -> None:
         self.maps, self.images = maps, images
+        self._files = MapFiles(folder, maps) if folder and maps.frozen else None
         self._store = ImageStore(CACHE_BYTES)
 
     def batch(self, indices: Sequence[int], flips: Sequence[Flip]) -> Tensor:
@@ -77,7 +82,8 @@ class MapSource:
 
     @torch.no_grad()
     def _one(self, index: int, flip: Flip) -> Tensor:
-        return self.maps(self.images.batch([index], [flip]))[0]
+        image = self.images.batch([index], [flip])
+        return (self._files.get(image, self.maps) if self._files else self.maps(image))[0]
 
     @torch.no_grad()
     def all(self) -> Iterator[Tensor]:

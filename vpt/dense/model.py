@@ -33,6 +33,10 @@ class Dense(nn.Module):
         own = {f"maps.method.{name}": t for name, t in self.maps.artifact_tensors().items()}
         return own | {n: t for n, t in self.state_dict().items() if not n.startswith("maps.")}
 
+    def training_tensors(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint of unfinished training stores."""
+        return self.artifact_tensors()
+
     def fold(self) -> Self:
         """The inference form: a frozen view, whose prompts are keys and values."""
         folded = share(self)

@@ -16,9 +16,10 @@ from vpt.data.survey import check_images
 from vpt.dense import artefact
 from vpt.dense.canvas import Canvas, choose_canvas
 from vpt.dense.config import DetectConfig, SegmentConfig, load_dense
-from vpt.dense.fit import Record, fit
+from vpt.dense.fit import FLIPS, Record, fit
 from vpt.dense.images import CanvasImages, MapSource
 from vpt.dense.kinds import KINDS
+from vpt.dense.map_files import SPARE_BYTES
 from vpt.dense.pyramid import Maps, attach
 from vpt.dense.split import Split, split_images
 from vpt.errors import InputError
@@ -26,7 +27,7 @@ from vpt.files import write_atomically
 from vpt.folder import RunFolder
 from vpt.progress import Log
 from vpt.resources import package_version
-from vpt.run import NOTICE
+from vpt.run import NOTICE, check_same_split, json_lines
 
 Config = DetectConfig | SegmentConfig
 
@@ -44,6 +45,11 @@ class Prepared:
     model: Any
     diagnosis: dict[str, Any]
 
+    @property
+    def medical(self) -> bool:
+        """True of images of patients."""
+        return self.split.train.patients is not None
+
     def images(self, part: Any) -> CanvasImages:
         """The images of a part of the split, on the canvas."""
         return CanvasImages(part.images, self.canvas, self.model.maps.method.backbone)
@@ -54,17 +60,20 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate what `config` says; returns the contents of result.json.
 
-    Everything that can be wrong with the input is checked before the first file is written. An
-    interrupted run has no checkpoint: with `resume` it starts again, and a finished one is returned
-    as it is.
+    Everything that can be wrong with the input is checked before the first file is written. With
+    `resume` an interrupted run goes on to the same numbers, and a finished one is returned as it
+    is.
 
     Raises:
-        InputError: bad input, or a folder that holds another run.
+        InputError: bad input, or a folder that holds another run or one on other images.
     """
     folder = RunFolder(config.out or default_folder(config))
     if folder.config.is_file():
         if not resume:
-            raise InputError(f"{folder.path}: holds a run: give --resume, or another out=DIR")
+            state = "finished" if folder.result.is_file() else "interrupted"
+            raise InputError(
+                f"{folder.path}: holds a run that is {state}: give --resume, or another out=DIR"
+            )
         if load_dense(str(folder.config)).hash != config.hash:
             raise InputError(f"{folder.path}: holds a run with other settings: give out=DIR")
         if folder.result.is_file():
@@ -97,6 +106,8 @@ def prepare(config: Config, log: Log = print) -> Prepared:
     )
     for line in [*source.notes, *split.notes, kind.describe(split.train, source.class_names)]:
         log(f"data: {line}")
+    folder = RunFolder(config.out or default_folder(config))
+    check_same_split(folder, split.hash)
     survey = check_images([*split.train.images, *split.val.images, *split.test.images])
     grey = find_grey_range(survey, split.train.images, log)
     set_seed(config.train.seed)
@@ -118,12 +129,28 @@ def prepare(config: Config, log: Log = print) -> Prepared:
         f"model: {config.method.name} on {config.backbone.name} at {canvas.width}×{canvas.height}, "
         f"{tunable:,} tunable parameters{', maps computed once' if maps.frozen else ''}"
     )
-    folder = RunFolder(config.out or default_folder(config))
+    if config.engine.feature_cache:
+        log(f"maps: {_kept(config, maps, len(split.train))}")
     return Prepared(config, folder, kind, source.layout, split, canvas, model, diagnosis)
 
 
+def _kept(config: Config, maps: Maps, count: int) -> str:
+    """What `engine.feature_cache` does for `count` training images, in words."""
+    if not maps.frozen:
+        return f"they change while {config.method.name} trains, so engine.feature_cache is not used"
+    height, width = maps.size
+    rows, columns = (side // maps.method.backbone.patch_size[0] for side in (height, width))
+    size = 4 * maps.width * rows * columns * count * len(FLIPS[config.data.flips])
+    return (
+        f"of {count} images up to {size / 1e9:.2f} GB in {config.engine.feature_cache}, "
+        f"of whose disk {SPARE_BYTES / 2**30:g} GiB stay free"
+    )
+
+
 def train(prepared: Prepared, log: Log = print, progress: bool = True) -> list[Record]:
-    """Train, and choose what validation images decide; metrics.jsonl follows.
+    """Train, or go on from the checkpoint, and choose what validation images decide.
+
+    The artefact and metrics.jsonl follow each record.
 
     Raises:
         InputError: the loss is not finite.
@@ -131,12 +158,14 @@ def train(prepared: Prepared, log: Log = print, progress: bool = True) -> list[R
     config, folder, model = prepared.config, prepared.folder, prepared.model
     write_atomically(folder.config, to_yaml(config).encode())
     begin = time.perf_counter()
-    source = MapSource(model.maps, prepared.images(prepared.split.train))
+    images, cache = prepared.images(prepared.split.train), config.engine.feature_cache
+    source = MapSource(model.maps, images, cache)
     device = model.maps.method.backbone.device
     targets = prepared.kind.targets(prepared.split.train, prepared.canvas, device)
     records = fit(
         model, source, targets, config.train, config.data.flips,
-        on_record=lambda found: write_atomically(folder.metrics, _lines(found)),
+        checkpoint=folder.checkpoint,
+        on_record=lambda found: _keep(prepared, found),
         progress=progress,
     )  # fmt: skip
     val = prepared.split.val
@@ -159,22 +188,11 @@ def write(
 ) -> dict[str, Any]:
     """Write the artefact and the files of a finished run; returns the contents of result.json."""
     config, folder, model, split = prepared.config, prepared.folder, prepared.model, prepared.split
-    medical = split.train.patients is not None
-    artefact.save(
-        model,
-        folder.prompt,
-        config.method.name,
-        config.method.options,
-        data=config.data.model_dump(mode="json", exclude={"root", "patients"}),
-        medical=medical,
-        split_hash=split.hash,
-        config_hash=config.hash,
-        figures=metrics,
-    )
+    _keep(prepared, records, figures=metrics)
     result = {
         **metrics,
         **prepared.diagnosis,
-        **({"notice": NOTICE} if medical else {}),
+        **({"notice": NOTICE} if prepared.medical else {}),
         "tunable_parameters": sum(p.numel() for p in model.tunable_parameters().values()),
         "stored_parameters": sum(t.numel() for t in model.artifact_tensors().values()),
         "artefact_bytes": folder.prompt.stat().st_size,
@@ -199,8 +217,21 @@ def write(
     for name, content in prepared.kind.files(model, found, split.test).items():
         write_atomically(folder.path / name, content)
     write_atomically(folder.result, json.dumps(result, indent=2).encode())
+    folder.checkpoint.unlink(missing_ok=True)
     return result
 
 
-def _lines(records: list[Record]) -> bytes:
-    return "".join(f"{json.dumps(record)}\n" for record in records).encode()
+def _keep(prepared: Prepared, records: list[Record], **details: Any) -> None:
+    config = prepared.config
+    artefact.save(
+        prepared.model,
+        prepared.folder.prompt,
+        config.method.name,
+        config.method.options,
+        data=config.data.model_dump(mode="json", exclude={"root", "patients"}),
+        medical=prepared.medical,
+        split_hash=prepared.split.hash,
+        config_hash=config.hash,
+        **details,
+    )
+    write_atomically(prepared.folder.metrics, json_lines(records))

@@ -82,7 +82,7 @@ class FrozenColumns:
         path = self.folder / f"{key}.safetensors"
         main = self.accelerator.is_main_process
         # one process decides for all: they compute columns together or not at all
-        (kept,) = broadcast_object_list([_read(path, key) if main else None])
+        (kept,) = broadcast_object_list([read_columns(path, key) if main else None])
         if kept is None and path.is_file():
             self.log(f"image features: broken, so made again: {path}")
         known = _rows(kept[NAMES]) if kept else {}
@@ -92,8 +92,7 @@ class FrozenColumns:
             made[NAMES] = names[missing]
             kept = {n: torch.cat([kept[n], made[n]]) for n in made} if kept else made
             if main:
-                header = {"sha256": digest(kept, key)}
-                write_atomically(path, safetensors.torch.save(kept, header))
+                write_columns(path, kept, key)
         else:
             self.log(f"image features: from {path}")
         known = _rows(kept[NAMES])
@@ -216,7 +215,12 @@ def _rows(names: Tensor) -> dict[bytes, int]:
     return {name.tobytes(): row for row, name in enumerate(names.numpy())}
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+def write_columns(path: Path, columns: dict[str, Tensor], key: str) -> None:
+    """Write columns of one length under `key`, atomically, with their digest."""
+    write_atomically(path, safetensors.torch.save(columns, {"sha256": digest(columns, key)}))
+
+
+def read_columns(path: Path, key: str) -> dict[str, Tensor] | None:
     """The columns written under `key`; None if they are not there whole."""
     try:
         with safe_open(path, framework="pt") as file:

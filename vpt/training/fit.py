@@ -1,6 +1,5 @@
 """The training loop: accelerate for devices, one resumable checkpoint an epoch."""
 
-import io
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +21,13 @@ from vpt.config import EngineConfig, TrainConfig
 from vpt.data.loaders import CACHE_BYTES
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import EVAL_BATCH, evaluate, predict
-from vpt.files import write_atomically
 from vpt.losses import Loss
 from vpt.methods import Method
 from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
 from vpt.progress import Log, TrainingBar
 from vpt.settings import validate
+from vpt.training.checkpoint import read_checkpoint, write_checkpoint
 from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
 from vpt.training.epochs import Record, epochs
 from vpt.training.features import FrozenColumns, current_features, image_features
@@ -105,7 +104,7 @@ def fit(
         seen = current_features(model, plain, accelerator, frozen)
         return [_solve(model, seen, accelerator, begin)]
     optimizer = make_optimizer(model, config)
-    history = _resume(checkpoint, model, optimizer)
+    history = read_checkpoint(checkpoint, model, optimizer)
     parts = judged_parts(images, config.folds) if config.folds and not history else []
     with _bar(progress, model, images, parts, config, accelerator) as bar:
         images.tick = bar.tick
@@ -137,7 +136,7 @@ def fit(
                 if on_epoch:
                     on_epoch(history)
                 if checkpoint:
-                    _write_checkpoint(checkpoint, model, optimizer, history)
+                    write_checkpoint(checkpoint, model, optimizer, history)
             bar.update(history, config.epochs)
     model.eval()
     return history
@@ -324,30 +323,3 @@ def _record(model: Method, logits: Tensor, labels: Tensor, begin: float) -> Reco
     """The only record of a method trained without gradient steps."""
     accuracy = (model.target.num_correct(logits, labels) / len(labels)).item()
     return {"epoch": 0, "accuracy": accuracy, "seconds": time.perf_counter() - begin}
-
-
-def _resume(
-    checkpoint: Path | None, model: Method, optimizer: torch.optim.Optimizer
-) -> list[Record]:
-    """Load what `_write_checkpoint` wrote; the records of the epochs done."""
-    if checkpoint is None or not checkpoint.is_file():
-        return []
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{checkpoint}: cannot be continued from ({reason}): delete it to start again"
-        ) from None
-    return state["history"]
-
-
-def _write_checkpoint(
-    path: Path, model: Method, optimizer: torch.optim.Optimizer, history: list[Record]
-) -> None:
-    buffer = io.BytesIO()
-    state = {"model": model.training_tensors(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "history": history}, buffer)
-    write_atomically(path, buffer.getvalue())
