@@ -7,11 +7,13 @@ import open_clip
 import pytest
 import tiny
 import torch
+from PIL import Image
 from tiny import clip, images, needs_clip, vit, vpt_cli, write_folder, write_image
 
 import vpt
 from vpt import explain, methods
 from vpt.backbones import load, load_tiny_clip
+from vpt.errors import InputError
 from vpt.run import NOTICE
 from vpt.targets.multiclass import Multiclass
 
@@ -110,7 +112,12 @@ def test_a_context_as_json(method, tmp_path, capfd, monkeypatch):
     for row in record["words"]["all"]:
         verdict = "near words" if row["word_like"] else "no nearer to words than chance"
         assert row["words"][0] in printed and verdict in printed
-    assert ("classes" in record) == (method == "coop")
+    assert ("classes" in record) == (out / "classes.png").is_file() == (method == "coop")
+    picture = write_image(tmp_path / "a.png")
+    code, printed, err = vpt_cli(capfd, monkeypatch, "explain", artefact, picture, "--out", out)
+    assert code == 0, err
+    (record,) = json.loads((out / "explain.json").read_text())
+    assert ("patch_similarity" in record) == (method == "coop")
 
 
 def test_class_embeddings_before_and_after():
@@ -124,6 +131,44 @@ def test_class_embeddings_before_and_after():
     with torch.no_grad():
         model.context.add_(torch.randn_like(model.context))
     assert all(record["shift"] < 0.99 for record in explain.explain_classes(model).values())
+
+
+def test_the_whole_matrix_of_classes_and_its_plot(tmp_path):
+    model = attach(load_tiny_clip(), "coop", num_tokens=2)
+    records = explain.explain_classes(model)
+    after = torch.tensor([record["similarity"]["after"] for record in records.values()])
+    texts = torch.nn.functional.normalize(model.text_features(), dim=-1).detach()
+    torch.testing.assert_close(after, texts @ texts.T, rtol=0, atol=1e-4)
+    assert records != explain.explain_classes(attach(load_tiny_clip(), "zero_shot"))
+    explain.draw_classes(records, tmp_path / "classes.png")
+    with Image.open(tmp_path / "classes.png") as figure:
+        assert len(figure.convert("L").getcolors()) > 30
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("method", ["coop", "ivlp", "zero_shot"])
+def test_patches_beside_the_text(method, folded):
+    """The map is that of patch tokens without prompts among them, and changes with the text."""
+    model = attach(load_tiny_clip(), method)
+    model = model.fold() if folded else model
+    image, backbone = images(1)[0], model.backbone
+    found = torch.stack([explain.patch_similarity(model, image, c) for c in (0, 1)])
+    assert found.shape == (2, *backbone.grid(0, image[None]))
+    with torch.no_grad():
+        (patches,) = model.feature_maps(image[None], [backbone.num_layers - 1])
+        projected = backbone.project(backbone.final_norm(patches[0].flatten(1).T[None]))[0]
+        wanted = torch.cosine_similarity(projected[:, None], model.text_features()[None], dim=-1)
+    torch.testing.assert_close(found.flatten(1).T, wanted[:, :2])
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_no_map_without_texts_or_without_a_class_token():
+    with pytest.raises(InputError, match="no class texts"):
+        explain.patch_similarity(attach(vit()), images(1)[0], 0)
+    model = attach(load_tiny_clip(), "zero_shot")
+    model.backbone.readout_tokens = None  # such as the mean of patches
+    with pytest.raises(InputError, match="class token"):
+        explain.patch_similarity(model, images(1)[0], 0)
 
 
 def test_command(tmp_path, capfd, monkeypatch):

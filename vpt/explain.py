@@ -17,7 +17,7 @@ from vpt.backbones.text import CLIP_VOCABULARY
 from vpt.data.images import read_image
 from vpt.errors import InputError
 from vpt.evaluation.lettering import labels
-from vpt.evaluation.plots import save
+from vpt.evaluation.plots import LABELLED, save
 from vpt.files import write_atomically
 from vpt.inference import load, survey
 from vpt.methods import Method
@@ -93,6 +93,33 @@ def blur(image: Tensor) -> Tensor:
     return image
 
 
+@torch.no_grad()
+def patch_similarity(model: Method, image: Tensor, target: int) -> Tensor:
+    """Cosine of each patch to the text of class `target`: (rows, columns), prompts as learned.
+
+    Patch tokens of the last block, after the final norm, go through the projection that the pooled
+    token takes, and meet the class embeddings; of several labels, less the cosine to the opposite.
+    Class token, registers and prompts are left out. A CLIP is trained to match the pooled token
+    alone, so this shows what stands at each patch in the language of texts, not what the
+    prediction rests on, for which see `saliency`: in OpenAI's towers the background often is more
+    similar than the object (Li et al. 2023, CLIP Surgery, arXiv 2304.05653).
+
+    Raises:
+        InputError: no class texts, or others for each image; a tower whose patches don't go through
+            its projection one by one.
+    """
+    if not model.reads_text:
+        raise InputError(f"{model.name} has no class texts")
+    texts = F.normalize(model.text_features(), dim=-1)
+    seen = model.pixels(image[None])
+    patches = model.backbone.tokens(seen, model.image_prompts(image[None])).patches[0]
+    grid = model.backbone.grid(model.backbone.num_layers - 1, seen)
+    if model.backbone.readout_tokens != 1 or len(patches) != grid[0] * grid[1]:
+        raise InputError("only patches of a tower that reads its class token can be projected")
+    cosines = F.normalize(model.project(patches), dim=-1) @ texts.T
+    return model.target.contrast(cosines)[:, target].view(grid)
+
+
 def nearest_words(context: Tensor, model: Method, count: int = 5) -> list[dict[str, Any]]:
     """For each vector of `context` (tokens, width) the `count` nearest entries of the vocabulary.
 
@@ -131,28 +158,68 @@ def nearest_words(context: Tensor, model: Method, count: int = 5) -> list[dict[s
 
 
 @torch.no_grad()
-def explain_classes(model: Method) -> dict[str, dict[str, Any]]:
-    """Changes that learning made to the class embeddings, by class.
+def class_similarity(model: Method) -> tuple[list[str], Tensor, Tensor]:
+    """Names, and class embeddings of unit length (C, dim) before and after learning.
 
-    Of each, `shift`: the cosine to the embedding of its name in "a photo of a {}."; and `nearest`:
-    the most similar other class, with the cosine, `before` and `after`.
+    Before are those of the names in "a photo of a {}."; of several labels an image, the opposites
+    follow the names.
 
     Raises:
         InputError: class embeddings that each image changes.
     """
     names = model.target.texts(model.class_names)
     plain = embed_templates(model.backbone, names, ["a photo of a {}."], None).mean(1)
-    before, after = F.normalize(plain, dim=-1), F.normalize(model.text_features(), dim=-1)
-    similar = {"before": before @ before.T, "after": after @ after.T}
+    return names, F.normalize(plain, dim=-1), F.normalize(model.text_features(), dim=-1)
+
+
+def explain_classes(model: Method) -> dict[str, dict[str, Any]]:
+    """Changes that learning made to the class embeddings, by class; raises as `class_similarity`.
+
+    Of each, `shift`: the cosine of its embedding after to that before; `similarity`: the cosines
+    to all classes, in order, `before` and `after`; and `nearest`: the most similar other class with
+    its cosine, likewise.
+    """
+    names, before, after = class_similarity(model)
     shifts = (before * after).sum(1).tolist()
     records: dict[str, dict[str, Any]] = {
-        name: {"shift": shift, "nearest": {}} for name, shift in zip(names, shifts, strict=True)
+        name: {"shift": shift, "similarity": {}, "nearest": {}}
+        for name, shift in zip(names, shifts, strict=True)
     }
-    for when, cosines in similar.items():
+    for when, embeddings in {"before": before, "after": after}.items():
+        cosines = embeddings @ embeddings.T
+        for name, row in zip(names, cosines.tolist(), strict=True):
+            records[name]["similarity"][when] = [round(cosine, 4) for cosine in row]
         best = cosines.fill_diagonal_(-2).max(1)
         for name, cosine, place in zip(names, best.values, best.indices, strict=True):
             records[name]["nearest"][when] = [names[place], cosine.item()]
     return records
+
+
+def draw_classes(records: dict[str, dict[str, Any]], path: Path) -> None:
+    """Class similarities before and after, and the shift of each class, as a PNG."""
+    names, few = list(records), len(records) <= LABELLED
+    shown = labels(names) if few else []
+    side = max(3.5, 0.3 * len(names)) if few else 6
+    figure = Figure(figsize=(3 * side, side + 1), layout="constrained")
+    panels = figure.subplots(1, 3)
+    matrices = {
+        when: np.array([record["similarity"][when] for record in records.values()])
+        for when in ("before", "after")
+    }
+    apart = ~np.eye(len(names), dtype=bool)
+    lowest, highest = (f([m[apart] for m in matrices.values()]) for f in (np.min, np.max))
+    for axes, (when, matrix) in zip(panels, matrices.items(), strict=False):
+        picture = axes.imshow(matrix, cmap="viridis", vmin=lowest, vmax=highest)
+        axes.set(title=f"cosines between classes, {when}", xticks=[], yticks=[])
+        if few:
+            axes.set_xticks(range(len(names)), shown, rotation=90)
+            axes.set_yticks(range(len(names)), shown)
+    figure.colorbar(picture, ax=panels[:2], shrink=0.7)
+    panels[2].barh(range(len(names)), [1 - record["shift"] for record in records.values()])
+    panels[2].set_yticks(range(len(shown)), shown)
+    panels[2].set(title="shift, 1 - cosine to before")
+    panels[2].invert_yaxis()
+    save(figure, path, names if few else ())
 
 
 def explain_context(
@@ -160,7 +227,8 @@ def explain_context(
 ) -> dict[str, list[dict[str, Any]]]:
     """`nearest_words` of the artefact's context, by class where each has its own, else under `all`.
 
-    With `out`, context.json there has them as `words`, and `explain_classes` as `classes`.
+    With `out`, context.json there has them as `words`, and `explain_classes` as `classes`, which
+    classes.png shows.
 
     Raises:
         InputError: as `artifact.load`; a method without a context.
@@ -178,6 +246,7 @@ def explain_context(
         records: dict[str, Any] = {"words": found}
         with suppress(InputError):  # each image has class embeddings of its own
             records["classes"] = explain_classes(model)
+            draw_classes(records["classes"], out / "classes.png")
         write_atomically(out / "context.json", json.dumps(records, indent=2).encode())
     return found
 
@@ -193,8 +262,8 @@ def explain_images(
 
     Folders are searched. Yields its `path`, `class`, `probability`, `figure` (a PNG), `deletion`
     (the curve), `deletion_area`, `random_area`, and of medical data a `notice`; the same records
-    are in `out`/explain.json. Files that cannot be read are left out, and named by an error after
-    the last; `log` takes lines for the user.
+    are in `out`/explain.json, where class texts are read with `patch_similarity`. Files that cannot
+    be read are left out, and named by an error after the last; `log` takes lines for the user.
 
     Raises:
         InputError: as `artifact.load`; a folder without images; at the end, files that are missing
@@ -214,11 +283,17 @@ def explain_images(
         figure = out / f"{number:03}-{file.stem}.png"
         prediction = f"{shown[record['class']]} {record['probability']:.2f}"
         title = ". ".join([prediction, *notice.values()])
-        drawing = Figure(figsize=(7, 3.9), layout="constrained")
-        left, right = drawing.subplots(1, 2)
-        left.imshow(pixels)
-        draw_saliency(right, pixels, heat)
-        for axes in (left, right):
+        similarity = record.get("patch_similarity")
+        count = 3 if similarity else 2
+        drawing = Figure(figsize=(3.5 * count, 3.9), layout="constrained")
+        panels = drawing.subplots(1, count)
+        panels[0].imshow(pixels)
+        draw_saliency(panels[1], pixels, heat)
+        if similarity:
+            picture = panels[2].imshow(similarity, cmap="viridis")
+            panels[2].set_title("patches, cosine to the text", fontsize="medium")
+            drawing.colorbar(picture, ax=panels[2], shrink=0.7)
+        for axes in panels:
             axes.set_axis_off()
         drawing.suptitle(title.replace("$", r"\$"))
         save(drawing, figure, model.class_names)
@@ -243,6 +318,8 @@ def explain(model: Method, pixels: Tensor) -> tuple[dict[str, Any], Tensor]:
         "deletion_area": area(curve),
         "random_area": random_area(model, image, target, heat.shape),
     }
+    with suppress(InputError):  # no class texts, or a tower that has no such map
+        record["patch_similarity"] = patch_similarity(model, image, target).tolist()
     return record, heat.cpu()
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import vpt_cli
 
-from vpt.bench import cost
+from vpt.bench import cost, energy
 from vpt.config import load_run
 
 KEYS = ["data.name=digits", "backbone.name=tiny_clip", "data.shots=2"]
@@ -21,6 +21,8 @@ def test_a_row_a_method(tmp_path, capfd, monkeypatch):
     assert row["tunable_parameters"] == 10 * (128 + 1)
     assert "20 training images" in out
     assert row["of_bare"] > 0
+    assert set(row["train_wh"]) == set(energy.meters())
+    assert ("No energy" in out) == (not energy.meters())
 
 
 def test_what_a_task_costs_is_its_own_tensors(tmp_path, monkeypatch):
@@ -39,3 +41,13 @@ def test_what_a_task_costs_is_its_own_tensors(tmp_path, monkeypatch):
     assert probe["backbone_mb"] == full["backbone_mb"] > full["memory_mb"]
     assert full["trained"] and not probe["trained"]
     cost._table([probe, full])
+
+
+@pytest.mark.parametrize("found", [[], ["cpu"]])
+def test_energy_is_of_what_has_a_meter(found, monkeypatch):
+    pytest.importorskip("codecarbon")
+    monkeypatch.setattr(energy, "meters", lambda: found)
+    result, watt_hours = energy.estimate(lambda: sum(range(10**6)))
+    assert result == 499_999_500_000
+    assert list(watt_hours) == found
+    assert all(value > 0 for value in watt_hours.values())

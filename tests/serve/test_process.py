@@ -200,3 +200,11 @@ def test_a_port_that_is_taken(folder, cli):
         code, _, err = cli("serve", folder, "--port", taken.getsockname()[1])
     assert code == 1
     assert "in use" in err.splitlines()[-1]
+
+
+def test_what_is_missing_for_ray_is_an_extra(folder, cli, monkeypatch):
+    monkeypatch.delitem(sys.modules, "vpt.serve.cluster", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = cli("serve", folder, "--engine", "ray")
+    assert code == 1
+    assert err == "vpt: vpt serve needs ray: pip install 'visual-prompt-tuning[serve-ray]'\n"

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vpt import backbones
+from vpt.bench import energy
 from vpt.config import RunConfig, load_run
 from vpt.files import write_atomically
 from vpt.run import fit, prepare, test, write
@@ -26,6 +27,7 @@ METHODS = ("linear_probe", "vpt_deep", "lora", "full_finetune")
 DATA = ("data.name=digits", "backbone.name=tiny_clip")
 TASKS = 16  # in memory, and in a batch
 STORED = (1, 16, 256)  # tasks
+NO_METER = "No energy: codecarbon (the extra `energy`) is missing, or finds no meter of CPU or GPU"
 
 
 def bench(overrides: Sequence[str], out: Path, rounds: int) -> None:
@@ -66,9 +68,13 @@ def _train(config: RunConfig) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
     before = _memory_mb("VmRSS")
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    begin = clock()
-    history = fit(prepared, log=lambda line: None, progress=False)
-    seconds, peak = clock() - begin, _memory_mb("VmHWM") - before
+
+    def train() -> tuple[Any, float, float]:
+        begin = clock()
+        history = fit(prepared, log=lambda line: None, progress=False)
+        return history, clock() - begin, _memory_mb("VmHWM") - before
+
+    (history, seconds, peak), watt_hours = energy.estimate(train)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e6
     result = write(prepared, history, test(prepared, log=lambda line: None))
@@ -77,6 +83,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
     return {
         **{key: result[key] for key in keys},
         "train_seconds": seconds,
+        "train_wh": watt_hours,
         "peak_mb": peak,
         "stored_mb": prepared.folder.prompt.stat().st_size / 1e6,
     }
@@ -126,6 +133,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         title=f"{first['backbone']} ({first['backbone_mb']:.0f} MB), {first['data']}, "
         f"{first['num_train']} training images, {first['device']}",
         box=box.SIMPLE_HEAD,
+        caption=None if first["train_wh"] else NO_METER,
     )
     table.add_column("")
     for row in rows:
@@ -138,6 +146,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             for count in STORED
         },
         "seconds to train": lambda row: _shown(row["train_seconds"]),
+        **{
+            f"Wh of the {part.upper()} to train, estimated": lambda row, part=part: _shown(
+                row["train_wh"][part]
+            )
+            for part in first["train_wh"]
+        },
         "MB that training adds": lambda row: _shown(row["peak_mb"]),
         "MB served, a task": lambda row: _shown(row["memory_mb"]),
         "ms to load a task": lambda row: _shown(row["load_ms"]),

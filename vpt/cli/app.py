@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,13 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as data.shots=16.")
 ]
 Artefact = Annotated[Path, typer.Argument(help="A prompt.safetensors that `vpt train` wrote.")]
+
+
+class Engine(StrEnum):
+    """What runs a suite, or a server: this machine's processes, or Ray."""
+
+    local = "local"
+    ray = "ray"
 
 
 def _version(wanted: bool) -> None:

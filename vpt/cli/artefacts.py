@@ -25,6 +25,7 @@ def explain(
     Each image gets a plot: red patches speak for the class, blue ones
     against it. Its deletion area is the mean probability while patches are
     blurred, most salient first; a map that tells something is below random.
+    Where class texts are read, a third map has each patch's cosine to the text.
     """
     from vpt.explain import explain_context, explain_images
 
@@ -34,7 +35,7 @@ def explain(
                 chance = f"{row['distances'][0]:.3f}, of random vectors {row['random']:.3f}"
                 verdict = "near words" if row["word_like"] else "no nearer to words than chance"
                 print(f"{name}\t{' '.join(row['words'])}\t{chance}: {verdict}")
-        print(f"class embeddings before and after: {out / 'context.json'}")
+        print(f"more, such as class embeddings before and after: {out}/")
         return
     for number, record in enumerate(explain_images(artefact, images, out, checkpoint, log=say)):
         if number == 0 and "notice" in record:

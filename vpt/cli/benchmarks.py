@@ -1,20 +1,12 @@
 """Suites, benchmarks and reports."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vpt.cli.app import Overrides, app, say
+from vpt.cli.app import Engine, Overrides, app, say
 from vpt.errors import InputError
-
-
-class Engine(StrEnum):
-    """Executor of a suite's runs."""
-
-    local = "local"
-    ray = "ray"
 
 
 @app.command()

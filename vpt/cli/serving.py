@@ -1,11 +1,12 @@
 """Serve artefacts."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vpt.cli.app import app, say
+from vpt.cli.app import Engine, app, say
 from vpt.errors import InputError
 
 
@@ -25,16 +26,26 @@ def serve(
     checkpoint: Annotated[
         str | None, typer.Option(help="The backbone's weights, where they have moved.")
     ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="This process, or replicas on a Ray cluster (`ray start`).")
+    ] = Engine.local,
+    replicas: Annotated[int, typer.Option(min=1, help="ray: how many.")] = 2,
 ) -> None:
     """Serve a folder of artefacts over HTTP, all on one backbone in memory.
 
     SIGHUP reads the folder again; SIGTERM answers what was accepted first.
     """
+    extra = "serve" if engine == Engine.local else "serve-ray"
     try:
-        from vpt.serve.server import serve
+        if engine == Engine.local:
+            from vpt.serve.server import serve
+        else:
+            from vpt.serve import cluster
+
+            serve = partial(cluster.serve, replicas=replicas)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"vpt serve needs {error.name}: pip install 'visual-prompt-tuning[serve]'"
+            f"vpt serve needs {error.name}: pip install 'visual-prompt-tuning[{extra}]'"
         ) from None
 
     serve(folder, host, port, tokens, checkpoint, limits or [], log=say)

@@ -6,11 +6,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from vpt.dense.artefact import Model
 from vpt.dense.detector import Detector
+from vpt.dense.model import Dense
 from vpt.evaluation.decision import Decision
 from vpt.run import NOTICE
 from vpt.serve.bank import Task
 from vpt.serve.boxes import Found
+from vpt.serve.masks import Segment
 from vpt.serve.uploads import Refused
 
 TOP = 5  # classes that Hugging Face's servers answer
@@ -39,13 +42,19 @@ class Objects(BaseModel):
     objects: list[Found]
 
 
+class Segments(BaseModel):
+    """The segments of one image."""
+
+    segments: list[Segment]
+
+
 class Answer(BaseModel):
     """Predictions of one version of a task, in the order of the images."""
 
     task: str
     version: str
     calibrated: bool
-    images: list[Prediction] | list[Objects]
+    images: list[Prediction] | list[Objects] | list[Segments]
     notice: str | None = None
 
 
@@ -61,14 +70,14 @@ class Described(BaseModel):
     notice: str | None = None
 
 
-def describe(name: str, task: Task | Detector, version: str) -> dict[str, Any]:
+def describe(name: str, task: Task | Model, version: str) -> dict[str, Any]:
     """A task, as `Described`."""
-    if isinstance(task, Detector):
+    if isinstance(task, Dense):
         return {
             "task": name,
             "version": version,
             "method": task.metadata["method"],
-            "target": "boxes",
+            "target": "boxes" if isinstance(task, Detector) else "masks",
             "class_names": task.class_names,
             **_common(task),
         }
@@ -93,11 +102,12 @@ def answer(task: Task, version: str, logits: list[Tensor]) -> dict[str, Any]:
 
 
 def answer_objects(
-    name: str, detector: Detector, version: str, found: list[list[dict[str, Any]]]
+    name: str, model: Model, version: str, found: list[list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Objects of each image, as `Answer`."""
-    images = [{"objects": objects} for objects in found]
-    return {"task": name, "version": version, **_common(detector), "images": images}
+    """Objects or segments of each image, as `Answer`."""
+    key = "objects" if isinstance(model, Detector) else "segments"
+    images = [{key: each} for each in found]
+    return {"task": name, "version": version, **_common(model), "images": images}
 
 
 def labels(task: Task, logits: Tensor, parameters: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,7 +139,7 @@ def ranked(scores: dict[str, float]) -> list[dict[str, Any]]:
     return [{"label": name, "score": score} for name, score in best]
 
 
-def _common(task: Task | Detector) -> dict[str, Any]:
+def _common(task: Task | Model) -> dict[str, Any]:
     notice = {"notice": NOTICE} if task.metadata.get("medical") else {}
     calibrated = isinstance(task, Task) and _decision(task).temperature != 1
     return {"calibrated": calibrated, **notice}

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -12,7 +12,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
-from vpt.dense.detector import Detector
+from vpt.dense.model import Dense
 from vpt.resources import package_version
 from vpt.serve.answers import (
     Answer,
@@ -24,10 +24,10 @@ from vpt.serve.answers import (
     labels,
     ranked,
 )
-from vpt.serve.batching import Busy
 from vpt.serve.boxes import Found, threshold_of
-from vpt.serve.edge import Edge, gauges, promised_bytes, read_body
-from vpt.serve.limits import Tenant, tenant_of
+from vpt.serve.edge import REFUSALS, Edge, authorise, gauges, in_time, promised_bytes, read_body
+from vpt.serve.limits import Tenant
+from vpt.serve.masks import Segment
 from vpt.serve.service import Service
 from vpt.serve.uploads import Refused, Upload, kind_of
 
@@ -82,17 +82,10 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         docs_url=None,  # the page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        exception_handlers=REFUSALS,
         telemetry=dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False),
     )
     app.add_middleware(Edge, service=service, registry=registry)
-
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        return JSONResponse({"error": error.line}, error.status, error.headers)
-
-    @app.exception_handler(Busy)
-    async def busy(request: Request, error: Busy) -> Response:
-        return JSONResponse({"error": str(error)}, 429, {"Retry-After": str(error.seconds)})
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -102,21 +95,16 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return JSONResponse({"error": "a parameter is missing or wrong"}, 400)
 
-    async def authorise(
-        request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
-    ) -> Tenant:
-        tenant = tenant_of(tenants, request.headers.get("authorization", ""))
-        if tenant is None:
-            raise Refused(401, "give a token: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
-        return tenant
+    bearer = Annotated[Any, Depends(HTTPBearer(auto_error=False))]
 
-    async def administer(tenant: Annotated[Tenant, Depends(authorise)]) -> Tenant:
-        if not tenant.admin:
-            raise Refused(403, "this is for tokens with admin: true")
-        return tenant
+    async def caller(request: Request, _: bearer) -> Tenant:
+        return authorise(tenants, request)
 
-    Caller = Annotated[Tenant, Depends(authorise)]
-    Admin = Annotated[Tenant, Depends(administer)]
+    async def administrator(request: Request, _: bearer) -> Tenant:
+        return authorise(tenants, request, admin=True)
+
+    Caller = Annotated[Tenant, Depends(caller)]
+    Admin = Annotated[Tenant, Depends(administrator)]
 
     @asynccontextmanager
     async def accepted(request: Request) -> AsyncIterator[Upload]:
@@ -166,27 +154,27 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         openapi_extra=BODY,
     )
     async def predict(task: str, request: Request, tenant: Caller) -> JSONResponse:
-        """Decide on images, as `vpt predict --json` prints it, or find their objects."""
+        """Decide on images, as `vpt predict --json` prints it, or find objects or segments."""
         version, found = service.version(task), service.find(task, tenant)
         async with accepted(request) as upload:
-            if isinstance(found, Detector):
+            if isinstance(found, Dense):
                 objects = await service.find_objects(upload, found)
                 return JSONResponse(answer_objects(task, found, version, objects))
             return JSONResponse(answer(*await service.predict(upload, task, tenant)))
 
     @app.post(
         "/models/{task}",
-        responses={200: {"model": list[Label] | list[Found]}, **ERRORS},
+        responses={200: {"model": list[Label] | list[Found] | list[Segment]}, **ERRORS},
         openapi_extra=BODY,
         tags=["Hugging Face"],
     )
     async def classify(task: str, request: Request, tenant: Caller) -> JSONResponse:
-        """Classify an image or find objects, as Hugging Face's inference servers answer."""
+        """Classify an image, or find objects or segments, as Hugging Face's servers answer."""
         kind = service.find(task, tenant)
         async with accepted(request) as upload:
             if len(upload.files) != 1:
                 raise Refused(400, "give one image; /v1/tasks/TASK/predict takes several")
-            if isinstance(kind, Detector):
+            if isinstance(kind, Dense):
                 threshold = threshold_of(upload.parameters)
                 return JSONResponse((await service.find_objects(upload, kind, threshold))[0])
             found, _, (logits,) = await service.predict(upload, task, tenant)
@@ -218,12 +206,3 @@ def create_app(service: Service, tenants: Mapping[str, Tenant] | None = None) ->
         return await service.reload()
 
     return app
-
-
-@contextmanager
-def in_time():  # noqa: ANN201
-    """Time that has run out as an answer."""
-    try:
-        yield
-    except TimeoutError:
-        raise Refused(503, "it took too long: try again", {"Retry-After": "1"}) from None

@@ -1,5 +1,6 @@
 """Objects in an uploaded image, as Hugging Face's object detection answers them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from vpt.dense.canvas import Canvas, fill_colour
 from vpt.dense.detection import to_image
 from vpt.dense.detector import Detector
+from vpt.dense.model import Dense
 from vpt.serve.uploads import Refused, open_upload
 
 
@@ -30,19 +32,23 @@ class Found(BaseModel):
     box: Box
 
 
-def place(detector: Detector, data: bytes) -> tuple[np.ndarray, Canvas, tuple[int, int]]:
-    """An image file on the detector's canvas, uint8 (height, width, 3); its own size.
+def place(
+    model: Dense, data: bytes, most: float = math.inf
+) -> tuple[np.ndarray, Canvas, tuple[int, int]]:
+    """An image file on the model's canvas, uint8 (height, width, 3); its own size.
 
     Raises:
-        Refused: as `open_upload`.
+        Refused: as `open_upload`; more than `most` pixels.
     """
-    height, width = detector.maps.size
-    canvas, fill = Canvas(width, height), fill_colour(detector.maps.method.backbone)
+    height, width = model.maps.size
+    canvas, fill = Canvas(width, height), fill_colour(model.maps.method.backbone)
 
     def placed(image: Image.Image) -> tuple[np.ndarray, Canvas, tuple[int, int]]:
+        if image.width * image.height > most:
+            raise ValueError(f"{image.width} × {image.height} pixels; {most:,} have masks at most")
         return canvas.place(image, fill), canvas, image.size
 
-    return open_upload(data, detector.metadata, placed)
+    return open_upload(data, model.metadata, placed)
 
 
 @torch.no_grad()

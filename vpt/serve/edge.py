@@ -1,25 +1,39 @@
-"""Around every request: counts, a line of log without names, and bodies nobody read."""
+"""Around every request: who may ask, a line of log without names, bodies, and refusals."""
 
 import asyncio
 import logging
 import time
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vpt.serve.limits import Limits
+from vpt.serve.batching import Busy
+from vpt.serve.limits import Limits, Tenant, tenant_of
 from vpt.serve.service import Service, note
 from vpt.serve.uploads import Refused
 
 log = logging.getLogger("vpt.serve")
 
 
+class Served(Protocol):
+    """What answers requests: a service, or the ingress of several."""
+
+    limits: Limits
+    ready: bool
+
+    async def reload(self) -> object:
+        """Read the folder of artefacts again."""
+
+
 class Edge:
     """Wraps the application: nothing that is logged or counted names a task, image or patient."""
 
-    def __init__(self, app: ASGIApp, service: Service, registry: CollectorRegistry) -> None:
+    def __init__(self, app: ASGIApp, service: Served, registry: CollectorRegistry) -> None:
         self.app, self.service = app, service
         self.requests = Counter(
             "vpt_requests", "Requests answered", ["route", "status"], registry=registry
@@ -60,7 +74,7 @@ class Exchange:
     server close with each answer.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, service: Served) -> None:
         self._receive, self._send, self.service = receive, send, service
         headers = dict(scope["headers"])
         self.unread = headers.get(b"content-length", b"0") != b"0" or (
@@ -137,6 +151,42 @@ def promised_bytes(request: Request, limits: Limits) -> int:
     if size > limits.body_bytes:
         raise Refused(413, f"body of {size:,} bytes: give at most {limits.body_mb:g} MB")
     return size
+
+
+def authorise(
+    tenants: Mapping[str, Tenant] | None, request: Request, admin: bool = False
+) -> Tenant:
+    """Whose token the request has.
+
+    Raises:
+        Refused: nobody's; with `admin`, one that may not do such things.
+    """
+    tenant = tenant_of(tenants, request.headers.get("authorization", ""))
+    if tenant is None:
+        raise Refused(401, "give a token: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+    if admin and not tenant.admin:
+        raise Refused(403, "this is for tokens with admin: true")
+    return tenant
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Time that has run out as an answer."""
+    try:
+        yield
+    except TimeoutError:
+        raise Refused(503, "it took too long: try again", {"Retry-After": "1"}) from None
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    return JSONResponse({"error": error.line}, error.status, error.headers)
+
+
+async def _busy(request: Request, error: Any) -> Response:
+    return JSONResponse({"error": str(error)}, 429, {"Retry-After": str(error.seconds)})
+
+
+REFUSALS = {Refused: _refused, Busy: _busy}  # handlers of an application
 
 
 def gauges(service: Service, registry: CollectorRegistry) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,8 @@ from vpt.backbones.base import Backbone
 from vpt.errors import InputError
 from vpt.progress import Log
 from vpt.serve.app import create_app
-from vpt.serve.limits import Limits, read_tokens
+from vpt.serve.edge import Served
+from vpt.serve.limits import Limits, Tenant, read_tokens
 from vpt.serve.service import Service
 from vpt.settings import apply_overrides, validate
 
@@ -54,16 +55,16 @@ def serve(
     """
     limits = validate(Limits, apply_overrides(Limits, {}, overrides), where="vpt serve")
     tenants = read_tokens(tokens) if tokens else None
-    if tenants is None and not _is_loopback(host):
-        raise InputError(f"--host {host}: others can reach it: give --tokens FILE")
+    check_address(host, tenants)
     service = Service(folder, load_backbone(folder, checkpoint), limits)
     for name, reason in service.loaded["refused"].items():
         log(f"{name}: left out: {reason}")
     if not service.tasks.versions:
         raise InputError(f"{folder}: none of its artefacts can be served")
-    _show_log()
+    show_log()
     with listen(host, port) as listening:
         port = listening.getsockname()[1]
+        listening.listen()  # whoever reads the address can connect
         log(f"{len(service.tasks.versions)} tasks on http://{host}:{port}")
         make_server(service, create_app(service, tenants)).run([listening])
 
@@ -72,7 +73,18 @@ def load_backbone(folder: Path, checkpoint: str | None) -> Backbone:
     """The backbone of the first artefact of `folder` that can be read, on the GPU if there is one.
 
     Raises:
-        InputError: there is none, or as `backbones.load`.
+        InputError: as `backbone_settings` and `backbones.load`.
+    """
+    settings = backbone_settings(folder)
+    backbone = backbones.load(settings["name"], checkpoint or settings.get("checkpoint"))
+    return backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def backbone_settings(folder: Path) -> dict[str, Any]:
+    """Name and checkpoint of the backbone of the first artefact of `folder` that can be read.
+
+    Raises:
+        InputError: there is none.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -84,15 +96,13 @@ def load_backbone(folder: Path, checkpoint: str | None) -> Backbone:
             reasons.append(str(error))
             continue
         settings = artifact.backbone_settings(metadata)
-        if "name" not in settings:
-            reasons.append(f"{path}: does not know its backbone's name")
-            continue
-        backbone = backbones.load(settings["name"], checkpoint or settings.get("checkpoint"))
-        return backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+        if "name" in settings:
+            return settings
+        reasons.append(f"{path}: does not know its backbone's name")
     raise InputError(reasons[0] if reasons else f"{folder}: no NAME.safetensors in it")
 
 
-def make_server(service: Service, app: Any) -> "Server":
+def make_server(service: Served, app: Any) -> "Server":
     """The server of `app`, not yet running: give its `run` sockets that listen."""
     seconds = service.limits.body_seconds
 
@@ -117,7 +127,7 @@ class Server(uvicorn.Server):
     A connection counts as taken once the kernel has completed it.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Served) -> None:
         super().__init__(config)
         self.service = service
 
@@ -214,6 +224,16 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def check_address(host: str, tenants: Mapping[str, Tenant] | None) -> None:
+    """Refuses an address that others can reach, where whoever does sees everything.
+
+    Raises:
+        InputError: it is not loopback, and there are no tokens.
+    """
+    if tenants is None and not _is_loopback(host):
+        raise InputError(f"--host {host}: others can reach it: give --tokens FILE")
+
+
 def _refuse_new(listening: socket.socket) -> None:
     """Have the kernel complete no further connection; those that wait can still be taken.
 
@@ -233,7 +253,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _show_log() -> None:
+def show_log() -> None:
+    """Show the server's log on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name, level in (("vpt.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):

@@ -15,12 +15,14 @@ from starlette.datastructures import Headers
 from torch import Tensor, nn
 
 from vpt import backbones, methods
+from vpt.dense.artefact import Model
 from vpt.dense.detector import Detector
 from vpt.errors import InputError, close
 from vpt.serve.bank import PromptBank, Task
 from vpt.serve.batching import Batcher
 from vpt.serve.boxes import boxes_of, place
 from vpt.serve.limits import Limits, Tenant
+from vpt.serve.masks import masks_of, most_pixels, segments
 from vpt.serve.tasks import Tasks
 from vpt.serve.uploads import Refused, Upload, parse, read_upload
 
@@ -60,8 +62,8 @@ class Service:
         self._decoders = ThreadPoolExecutor(limits.decoders, "decoder")
         self._zero_shot = lru_cache(64)(self._attach_zero_shot)
 
-    def find(self, name: str, tenant: Tenant) -> Task | Detector:
-        """The task called `name`, if `tenant` sees it; a detector is one by itself.
+    def find(self, name: str, tenant: Tenant) -> Task | Model:
+        """The task called `name`, if `tenant` sees it; what finds boxes or masks is one by itself.
 
         Raises:
             Refused: there is none, or it is another tenant's, which reads the same.
@@ -71,7 +73,7 @@ class Service:
             known = close(name[:80], own)
             hint = f"; did you mean {known!r}?" if known else ""
             raise Refused(404, f"no such task{hint}")
-        return self.tasks.detectors.get(name) or self.bank.task(name)
+        return self.tasks.dense.get(name) or self.bank.task(name)
 
     def version(self, name: str) -> str:
         """The first digits of the artefact's digest; empty for a task that is not there."""
@@ -104,9 +106,9 @@ class Service:
                 return task, version, [row for _, row in logits]
 
     async def find_objects(
-        self, upload: Upload, detector: Detector, threshold: float | None = None
+        self, upload: Upload, model: Model, threshold: float | None = None
     ) -> list[list[dict[str, Any]]]:
-        """Objects of each image, as Hugging Face's object detection answers them.
+        """Each image's objects or segments, as Hugging Face's servers answer them.
 
         Images run one after the other, between the batches of classifiers.
 
@@ -115,13 +117,17 @@ class Service:
         """
         loop = asyncio.get_running_loop()
         found = []
+        thread = self.batcher.thread
         for file in upload.files:
-            placed = await self._decode(place, detector, file)
-            found.append(
-                await loop.run_in_executor(
-                    self.batcher.thread, boxes_of, detector, *placed, threshold
+            if isinstance(model, Detector):
+                placed = await self._decode(place, model, file)
+                found.append(
+                    await loop.run_in_executor(thread, boxes_of, model, *placed, threshold)
                 )
-            )
+            else:
+                placed = await self._decode(place, model, file, most_pixels(model))
+                masked = await loop.run_in_executor(thread, masks_of, model, *placed)
+                found.append(await self._decode(segments, model, masked, threshold))
         return found
 
     async def zero_shot(self, upload: Upload, names: Sequence[str]) -> list[Tensor]:

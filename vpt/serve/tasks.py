@@ -5,8 +5,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from vpt.dense.artefact import kind_of, load
-from vpt.dense.detector import Detector
+from vpt.dense.artefact import Model, kind_of, load
 from vpt.errors import InputError
 from vpt.serve.bank import PromptBank
 
@@ -16,13 +15,13 @@ class Tasks:
 
     Attributes:
         versions: task → the first digits of its artefact's digest.
-        detectors: those tasks that find boxes, which run by themselves.
+        dense: those tasks that find boxes or masks, which run by themselves.
     """
 
     def __init__(self, folder: Path, bank: PromptBank) -> None:
         self.folder, self.bank = folder, bank
         self.versions: dict[str, str] = {}
-        self.detectors: dict[str, Detector] = {}
+        self.dense: dict[str, Model] = {}
         self._states: dict[str, tuple[int, ...]] = {}
 
     def reload(self) -> dict[str, Any]:
@@ -66,14 +65,14 @@ class Tasks:
         if self._states.get(name) == state:
             return None
         version, known = _version(path), name in self.versions
-        if kind_of(path) == "detect":
-            detector = load(path, self.bank.backbone).fold()
+        if kind_of(path):
+            model = load(path, self.bank.backbone).fold()
             if known:
                 self._remove(name)
-            self.detectors[name] = detector
-        elif name in self.detectors:
+            self.dense[name] = model
+        elif name in self.dense:
             self.bank.add(name, path)
-            del self.detectors[name]
+            del self.dense[name]
         else:
             (self.bank.replace if known else self.bank.add)(name, path)
         # the version last: who reads it before the task never takes an old task for the new one
@@ -81,7 +80,7 @@ class Tasks:
         return "replaced" if known else "added"
 
     def _remove(self, name: str) -> None:
-        if self.detectors.pop(name, None) is None:
+        if self.dense.pop(name, None) is None:
             self.bank.remove(name)
 
 
