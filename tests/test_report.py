@@ -195,6 +195,15 @@ def test_runs_that_do_not_say_what_they_store_are_in_no_plot_of_it(tmp_path, wri
     assert [row[-3] for row in details] == ["", "2,580"]
 
 
+def test_a_key_that_came_after_a_run_is_at_its_default(tmp_path, write_run):
+    """Of three seeds the first knows no `class_half`, as their one hash says."""
+    for seed, keys in enumerate([{}, {"class_half": None}, {"class_half": None}], start=1):
+        write_run(0.8, seed=seed, config={"data": {"root": None, "seed": seed, **keys}})
+    page, _, _ = build(tmp_path)
+    details = [row for row in page.rows if row[:3] == ["digits", "16", "tiny_clip"]]
+    assert [row[3] for row in details] == ["vpt_deep"]
+
+
 @pytest.fixture
 def vtab(monkeypatch):
     """Five data cards: two natural, one specialized, one structured, one of no group."""

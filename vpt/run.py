@@ -364,7 +364,12 @@ def finished(
     """The result of the same run if it is finished and `resume`; refuses to overwrite any run."""
     if not folder.config.is_file():
         return None
-    before = load(str(folder.config))
+    try:
+        before = load(str(folder.config))
+    except InputError as error:
+        raise InputError(
+            f"{folder.path}: holds no run of this kind ({error}): give another out=DIR"
+        ) from None
     if not resume:
         state = "finished" if folder.result.is_file() else "interrupted"
         raise InputError(

@@ -210,6 +210,9 @@ def validate(model: type[Model], values: Any, where: str) -> Model:
         value, message = first["input"], first["msg"].lower()
         if first["type"] in {"list_type", "tuple_type"} and isinstance(value, str | int | float):
             message = f"not a list: give {override(key, [value])}"
+        if first["type"] == "model_type":
+            fields = _fields_at(model, first["loc"])
+            message = f"not a section: give {key}.KEY=VALUE, keys {', '.join(fields)}"
         raise InputError(f"{where}: {key}={value!r}: {message}") from None
 
 

@@ -2,7 +2,8 @@
 
     python demos/dense/bccd.py BCCD OUT backbone.checkpoint=vit.safetensors [key=value ...]
 
-Run folders in OUT that are finished are kept, so that it may be stopped and started again.
+Finished run folders in OUT are kept and unfinished ones continued, so that it may be killed and
+started again.
 """
 
 import json
@@ -15,8 +16,8 @@ from vpt.dense.config import load_dense
 from vpt.dense.pyramid import HEAD_ONLY
 from vpt.dense.run import run
 
-ARMS = [HEAD_ONLY, "vpt_deep", "random_prompts", "bias_tuning"]
-SHOTS, SEEDS = (10, 50), (1, 2, 3)
+ARMS = [HEAD_ONLY, "vpt_deep", "random_prompts", "bias_tuning", "lora", "full_finetune"]
+SHOTS, SEEDS = (10, 50, 205), (1, 2, 3)
 
 
 def main(root: str, out: str, *overrides: str) -> None:

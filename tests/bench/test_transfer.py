@@ -122,6 +122,8 @@ def test_every_task_is_trained_from_every_other(folders):
         (["shots=[0]"], "shots.0=0"),
         (["sources=4"], "unknown key 'sources'; did you mean 'source_shots'"),
         (["tasks.pets.rot=x"], "unknown key 'tasks.pets.rot'; did you mean 'tasks.pets.root'"),
+        (["source_shots=50"], "tasks.pets at 50 images a class: "),
+        (["shots=[1,60]"], "tasks.pets at 60 images a class: "),
     ],
 )
 def test_a_bad_key_is_a_line(folders, capfd, monkeypatch, extra, message):

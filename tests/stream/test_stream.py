@@ -285,3 +285,33 @@ def test_the_command_prints_matrix_and_costs(folder, tmp_path, capfd, monkeypatc
     assert code == 0
     for word in ("final_accuracy", "forgetting", "megabytes a task", "passes an image"):
         assert word in out
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "said"),
+    [
+        ("class_means", ["tests.more.root=more"], "tests: not for a stream"),
+        ("vpt_deep", ["init_from=other.safetensors"], "init_from: not for a stream"),
+        ("auto", [], "auto: a stream needs one method"),
+        ("class_means", ["stream.data=[a,a]"], "stream.data: a comes twice"),
+        ("class_means", ["stream.data=[a,b]", "data.shots=50"], "stream.data: a: "),
+    ],
+)
+def test_what_a_stream_has_not(folder, tmp_path, method, keys, said):
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        (tmp_path / "data" / name).symlink_to(folder)
+    keys = [f"data.root={tmp_path / 'data'}", *keys] if "stream.data" in str(keys) else keys
+    with pytest.raises(InputError, match=said):
+        learn(folder, tmp_path / "out", method, *keys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_record_of_a_stage(folder, tmp_path, means):
+    shutil.copytree(means[1], tmp_path, dirs_exist_ok=True)
+    settings = (tmp_path / "config.yaml").read_text().replace(str(means[1]), str(tmp_path))
+    (tmp_path / "config.yaml").write_text(settings)
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "task02/stage.json").write_text("{half")
+    with pytest.raises(InputError, match=r"task02/stage.json: not JSON: restore it, or delete"):
+        learn(folder, tmp_path, "class_means", resume=True)

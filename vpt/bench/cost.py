@@ -142,7 +142,9 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         "test accuracy": lambda row: f"{row['accuracy']:.1%}",
         "tunable parameters": lambda row: f"{row['tunable_parameters']:,}",
         **{
-            f"MB stored, {count} tasks": lambda row, count=count: _shown(count * row["stored_mb"])
+            f"MB stored, {count} task{'s' * (count > 1)}": lambda row, count=count: _shown(
+                count * row["stored_mb"]
+            )
             for count in STORED
         },
         "seconds to train": lambda row: _shown(row["train_seconds"]),

@@ -1,9 +1,9 @@
 """From which task to which do prompts carry over: every pair, beside a start from scratch."""
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import permutations, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,6 +15,7 @@ from scipy.stats import t as student
 
 from vpt.bench.suite import Engine, absolute, run_all
 from vpt.config import RunConfig, Seed, load_run, to_yaml
+from vpt.data.fewshot import split_data
 from vpt.data.sources import open_source
 from vpt.digests import AUTO
 from vpt.errors import InputError
@@ -62,13 +63,14 @@ def transfer(
     if (out / "suite.yaml").is_file() and not resume:
         raise InputError(f"{out}: holds a suite: give --resume, or another --out")
     _check_apart(suite)
+    _check_shots(suite)
     write_atomically(out / "suite.yaml", to_yaml(suite).encode())
     sources = {
         task: _run(suite, task, suite.source_shots, suite.seeds[0], out / "sources" / task)
         for task in suite.tasks
     }
     _do(list(sources.values()), engine, log)
-    for target, task in itertools.permutations(sources, 2):
+    for target, task in permutations(sources, 2):
         artefact = RunFolder(sources[task].out).prompt.read_bytes()
         write_atomically(out / "from" / target / f"{task}.safetensors", artefact)
     runs = {
@@ -197,7 +199,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cells(suite: TransferConfig) -> list[tuple[str, int | None, int]]:
-    return list(itertools.product(suite.tasks, suite.shots, suite.seeds))
+    return list(product(suite.tasks, suite.shots, suite.seeds))
 
 
 def _run(
@@ -250,6 +252,19 @@ def _check_apart(suite: TransferConfig) -> None:
                         f"tasks.{task}: {name} is an image of {owner[image]} too: give tasks that "
                         "share none"
                     )
+
+
+def _check_shots(suite: TransferConfig) -> None:
+    """Refuses numbers of shots that a task lacks, before the first run."""
+    for task, data in suite.tasks.items():
+        source = open_source(data)
+        wanted = [(suite.source_shots, suite.seeds[0]), *product(suite.shots, suite.seeds)]
+        for shots, seed in wanted:
+            try:
+                split_data(source, data.model_copy(update={"shots": shots, "seed": seed}))
+            except InputError as error:
+                many = shots or "all"
+                raise InputError(f"tasks.{task} at {many} images a class: {error}") from None
 
 
 def _do(configs: Sequence[RunConfig], engine: Engine, log: Log) -> None:

@@ -124,7 +124,7 @@ def split_shots(
         val, held = val and val.of_classes(classes), held and held.of_classes(classes)
         whole = {name: count for name, count in whole.items() if name in source.class_names}
     if len(test) == 0:
-        raise InputError(f"{source.name}: the test part is empty: add images")
+        raise InputError(f"{source.name}: the test part is empty: add images, or lower data.shots")
     if not train.target.learnable(train.labels):
         raise InputError(
             f"{source.name}: all {len(train)} images drawn to train on are of one class: raise "

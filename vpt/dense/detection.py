@@ -21,6 +21,8 @@ from vpt.dense.metrics import (
     require_coco,
 )
 from vpt.dense.pyramid import Maps
+from vpt.dense.split import Split
+from vpt.errors import InputError
 
 # in a run folder: those of the test images, as COCO's results, which number the images from 1 in
 # the order of `images` in the other file
@@ -34,6 +36,14 @@ class Detection:
         """The data set; refuses before anything else what can't be measured in the end."""
         require_coco()
         return read_boxes(data.root, data.patients)
+
+    def check(self, split: Split) -> None:
+        """Refuse parts from which nothing can be learned, or of which nothing can be measured."""
+        mends = {"train": "raise data.shots, or label more", "test": "label some"}
+        for part, mend in mends.items():
+            images = getattr(split, part)
+            if not any(len(boxes) for boxes in images.boxes):
+                raise InputError(f"no box in the {len(images)} images of the {part} part: {mend}")
 
     def describe(self, images: BoxedImages, class_names: list[str]) -> str:
         """The training images' objects in words."""

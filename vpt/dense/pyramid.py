@@ -54,12 +54,18 @@ class Maps(nn.Module):
         self.width = backbone.width * len(self.layers)
         trained = method.tunable_parameters()
         read = self._read(trained)
-        if not read and method.reads_text:
+        if not read and not self._prompted():
             raise InputError(f"{method.name} leaves the image tower alone: take {HEAD_ONLY}")
         self.unread = trained.keys() - read
         for name in self.unread:
             trained[name].requires_grad_(False)
         self.frozen = not read
+
+    def _prompted(self) -> bool:
+        """True if the method has prompts, which need not train; `head_only` means to have none."""
+        backbone = self.method.backbone
+        blank = torch.zeros(1, backbone.preprocess.channels, *self.size, device=backbone.device)
+        return isinstance(self.method, HeadOnly) or self.method.image_prompts(blank) is not None
 
     def _read(self, trained: dict[str, nn.Parameter]) -> set[str]:
         """Names of the tensors that train and that maps depend on."""

@@ -74,13 +74,24 @@ def run(
             raise InputError(
                 f"{folder.path}: holds a run that is {state}: give --resume, or another out=DIR"
             )
-        if load_dense(str(folder.config)).hash != config.hash:
-            raise InputError(f"{folder.path}: holds a run with other settings: give out=DIR")
+        if _hash(folder) != config.hash:
+            raise InputError(
+                f"{folder.path}: holds a run with other settings: give another out=DIR"
+            )
         if folder.result.is_file():
             return json.loads(folder.result.read_text())
     prepared = prepare(config, log)
     records = train(prepared, log, progress)
     return write(prepared, records, *test(prepared, log))
+
+
+def _hash(folder: RunFolder) -> str:
+    try:
+        return load_dense(str(folder.config)).hash
+    except InputError as error:
+        raise InputError(
+            f"{folder.path}: holds no run of this kind ({error}): give another out=DIR"
+        ) from None
 
 
 def default_folder(config: Config) -> Path:
@@ -106,6 +117,7 @@ def prepare(config: Config, log: Log = print) -> Prepared:
     )
     for line in [*source.notes, *split.notes, kind.describe(split.train, source.class_names)]:
         log(f"data: {line}")
+    kind.check(split)
     folder = RunFolder(config.out or default_folder(config))
     check_same_split(folder, split.hash)
     survey = check_images([*split.train.images, *split.val.images, *split.test.images])

@@ -17,6 +17,8 @@ from vpt.dense.instances import border, objects_of
 from vpt.dense.mask_metrics import Masked, mask_metrics, upper_bound
 from vpt.dense.pyramid import Maps
 from vpt.dense.segmenter import STEP, Segmenter
+from vpt.dense.split import Split
+from vpt.errors import InputError
 
 LOW_BOUND = 0.9  # Dice that the stride should allow
 
@@ -27,6 +29,15 @@ class Segmentation:
     def read(self, data: SegmentDataConfig) -> MaskData:
         """The data set."""
         return read_masks(data.root, data.masks, data.classes, data.patients)
+
+    def check(self, split: Split) -> None:
+        """Refuse training images from which nothing can be learned."""
+        images = split.train
+        if not any((images.mask(index) > 0).any() for index in range(len(images))):
+            raise InputError(
+                f"no object in the {len(images)} masks of the train part: raise data.shots, or "
+                "label more"
+            )
 
     def describe(self, images: MaskedImages, class_names: list[str]) -> str:
         """Description of the training images' masks."""

@@ -44,10 +44,12 @@ def split_images(parts: dict[str, Data], shots: int | None, seed: int) -> Split[
     validation part, a sixth of the others validates.
 
     Raises:
-        InputError: too few images to hold any out.
+        InputError: too few images to hold any out; no part to train on.
     """
     rng, test = random.Random(seed), parts.get("test")
-    pool = parts["all" if test is None else "train"]
+    pool = parts.get("all" if test is None else "train")
+    if pool is None:
+        raise InputError(f"the data have only a {' and a '.join(parts)} part: add one named train")
     if test is None:
         test, pool = _hold_out(pool, _TEST, rng)
     val = parts.get("val")

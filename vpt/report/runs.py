@@ -9,6 +9,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from pydantic import BaseModel, PositiveInt, ValidationError
 
+from vpt.config import DataConfig, DecisionConfig, EngineConfig, TrainConfig
 from vpt.data.cards import Card
 from vpt.errors import InputError
 from vpt.folder import RunFolder
@@ -29,6 +30,18 @@ _SAME = (
     r"expected\..*|method\.name|data\.(name|root|shots|seed|workers|duplicates)|train\.seed"
     r"|engine\.feature_cache|tests\..*"
 )
+
+# of keys that came after a run, which leave its hash as it was
+_DEFAULTS = {
+    f"{section}.{key}": str(value)
+    for section, settings in {
+        "data": DataConfig(),
+        "train": TrainConfig(),
+        "decision": DecisionConfig(),
+        "engine": EngineConfig(),
+    }.items()
+    for key, value in settings
+}
 
 Interval = tuple[float, float]
 Settings = dict[str, str]  # SECTION.KEY of a configuration → value
@@ -138,7 +151,8 @@ def read_runs(found: Mapping[RunFolder, Settings], cards: Mapping[str, Card]) ->
 
     halves = settings.get("data.class_half", pd.Series("None", settings.index)).fillna("None")
     runs["data"] += halves.map(lambda half: "" if half == "None" else f", {half} classes")
-    settings = settings.loc[:, ~settings.columns.str.fullmatch(_SAME)].fillna("unset")
+    settings = settings.loc[:, ~settings.columns.str.fullmatch(_SAME)]
+    settings = settings.fillna(_DEFAULTS).fillna("unset")
     for _, part in runs.groupby(CELL):
         chosen = settings.loc[part.index]
         for key in chosen.columns[chosen.nunique() > 1]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vpt.config import MethodConfig, to_yaml
+from vpt.errors import InputError
 from vpt.files import write_atomically
 from vpt.folder import RunFolder
 from vpt.progress import Log
@@ -37,6 +38,7 @@ def run_stream(
         InputError: bad input; a folder that holds another run, or a stage that was changed.
     """
     folder = RunFolder(config.folder)
+    _check(config)
     if done := finished(folder, config, resume, load_stream):
         return done
     stream = open_stream(config)
@@ -61,6 +63,16 @@ def run_stream(
     write_atomically(folder.path / "accuracy.png", picture)
     write_atomically(folder.result, json.dumps(result, indent=2).encode())
     return result
+
+
+def _check(config: StreamConfig) -> None:
+    """Refuse what a single run has and a stream has not."""
+    given = {"init_from": config.init_from, "tests": config.tests, "tasks": config.tasks}
+    for key, value in given.items():
+        if value:
+            raise InputError(f"{key}: not for a stream: drop it")
+    if config.auto is not None:
+        raise InputError("auto: a stream needs one method: name it, such as vpt stream ranpac")
 
 
 def _learner(

@@ -45,7 +45,13 @@ class Stage:
         """
         if not self.record.is_file():
             return None
-        record = json.loads(self.record.read_text())
+        try:
+            record = json.loads(self.record.read_text())
+        except ValueError:
+            raise InputError(
+                f"{self.record}: not JSON: restore it, or delete {self.folder.path} and what is "
+                "after it"
+            ) from None
         for name, digest in record["sha256"].items():
             path = self.folder.path / name
             if not path.is_file() or _digest(path) != digest:

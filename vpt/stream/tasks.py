@@ -78,10 +78,15 @@ def _of_sources(config: StreamConfig) -> Stream:
     """A task a data set, whose classes are joined by name."""
     opened: list[tuple[str, Source, Split]] = []
     for item in config.stream.data or []:
+        if any(item == other for other, *_ in opened):
+            raise InputError(f"stream.data: {item} comes twice: keep one")
         data = _data(config.data, item)
         source = open_source(data)
         _check_exclusive(source)
-        opened.append((item, source, split_data(source, data)))
+        try:
+            opened.append((item, source, split_data(source, data)))
+        except InputError as error:
+            raise InputError(f"stream.data: {item}: {error}") from None
     sources = [source for _, source, _ in opened]
     class_names = list(dict.fromkeys(name for source in sources for name in source.class_names))
     tasks = []

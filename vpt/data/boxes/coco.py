@@ -15,7 +15,7 @@ _KEYS = {"images", "annotations", "categories"}
 
 def recognise(root: Path) -> bool:
     """True if a .json below `root` has COCO's keys."""
-    return any(_content(path) for path in below(root, "*.json"))
+    return any(_is_coco(path) for path in below(root, "*.json"))
 
 
 def read(root: Path) -> Read:
@@ -25,7 +25,8 @@ def read(root: Path) -> Read:
     image is its patient.
 
     Raises:
-        InputError: parts with other categories; an annotation of no image or category.
+        InputError: a broken .json; parts with other categories; an annotation of no image or
+            category.
     """
     images, names, crowds = Images(root), {}, 0
     parts: dict[str, list[Annotated]] = {}
@@ -80,9 +81,16 @@ def _annotated(
     )
 
 
+def _is_coco(path: Path) -> bool:
+    try:
+        return bool(_content(path))
+    except InputError:
+        return False
+
+
 def _content(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(read_text(path))
-    except (json.JSONDecodeError, InputError):
-        return None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error}): mend or remove it") from None
     return content if isinstance(content, dict) and content.keys() >= _KEYS else None
