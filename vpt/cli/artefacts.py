@@ -33,7 +33,7 @@ def explain(
         for name, rows in explain_context(artefact, checkpoint, out).items():
             for row in rows:
                 chance = f"{row['distances'][0]:.3f}, of random vectors {row['random']:.3f}"
-                verdict = "near words" if row["word_like"] else "no nearer to words than chance"
+                verdict = "near words" if row["word_like"] else "hardly nearer to words than chance"
                 print(f"{name}\t{' '.join(row['words'])}\t{chance}: {verdict}")
         print(f"more, such as class embeddings before and after: {out}/")
         return
