@@ -25,10 +25,10 @@ from vpt.run import run
 
 METHODS = {  # run configuration notebook_… → what the table calls it
     "zero_shot": "hand-written prompt",
-    "tip_adapter": "Tip-Adapter, training-free",
+    "tip_adapter": "Tip-Adapter (no training)",
     "coop": "CoOp",
     "zs_lp": "ZS-LP",
-    "class_means": "class means, training-free",
+    "class_means": "class means (no training)",
     "linear_probe": "linear probe",
     "vpt_deep": "VPT-deep",
 }
@@ -80,7 +80,8 @@ def _table(rows: Sequence[dict[str, Any]], seeds: int) -> Table:
     table = Table(title=f"{title}, {seeds} seeds" if seeds > 1 else title)
     table.add_column("method", no_wrap=True)
     table.add_column("starts from")
-    for column in ("test accuracy", "tunable parameters", "seconds to train"):
+    table.add_column("test accuracy", justify="right", no_wrap=seeds > 1)
+    for column in ("tunable parameters", "seconds to train"):
         table.add_column(column, justify="right")
     for row in rows:
         spread = f" ± {row['accuracy_std']:.1%}" if row["accuracy_std"] is not None else ""
