@@ -40,9 +40,9 @@ def serve(
         if engine == Engine.local:
             from vpt.serve.server import serve
         else:
-            from vpt.serve import cluster
+            from vpt.serve.cluster import serve as serve_replicas
 
-            serve = partial(cluster.serve, replicas=replicas)
+            serve = partial(serve_replicas, replicas=replicas)
     except ModuleNotFoundError as error:
         raise InputError(
             f"vpt serve needs {error.name}: pip install 'visual-prompt-tuning[{extra}]'"
