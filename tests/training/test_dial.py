@@ -193,3 +193,13 @@ def test_few_images_are_taken_in_small_batches(sizes, batches):
     """And no batch is empty."""
     parts = [(np.arange(size), np.arange(1), np.arange(0)) for size in sizes]
     assert judged_batches(parts, 32) == batches
+
+
+@pytest.mark.parametrize(("sizes", "batch_size"), [((100, 40), 2), ((3, 2), 32), ((64, 60), 8)])
+def test_each_part_has_an_image_in_each_batch(sizes, batch_size):
+    """Groups of patients differ in size; the mean loss of no image is no number."""
+    parts = [(np.arange(size), np.arange(2), None) for size in sizes]
+    batches = judged_batches(parts, batch_size)
+    assert batches == {100: 40, 3: 2, 64: 8}[sizes[0]]
+    for seen, _, _ in parts:
+        assert all(len(batch) for batch in torch.from_numpy(seen).tensor_split(batches))

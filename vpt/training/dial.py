@@ -113,9 +113,9 @@ def choose_factor(
 
 
 def judged_batches(parts: Sequence[Part], batch_size: int) -> int:
-    """How many batches an epoch of the judged splits has."""
+    """How many batches an epoch of the judged splits has; each split has an image in each."""
     sizes = [len(seen) for seen, _, _ in parts]
-    return max(math.ceil(max(sizes) / batch_size), min(BATCHES, *sizes))
+    return min(max(math.ceil(max(sizes) / batch_size), BATCHES), *sizes)
 
 
 def pick(gains: np.ndarray) -> tuple[int, float]:
