@@ -329,7 +329,7 @@ def test_one_bar_counts_the_batches_of_all_stages(monkeypatch, level):
     vpt.fit(model, loader(model, samples([0, 1] * 12)), config=config)
     parts = 1 + 2 * 4 + len(FACTORS)  # a pass before, 2 epochs of 4 steps, a pass a factor
     assert counted[0] == [parts, parts if level else 1]
-    # then 2 epochs of 3 steps, a pass between them and one after
-    assert counted[1:] == ([[2 * 3 + 2] * 2] if level else [])
+    # then 2 epochs of 4 steps, and a pass after them
+    assert counted[1:] == ([[2 * 4 + 1] * 2] if level else [])
     assert moved[-1] == 1
     assert max(moved) == 1

@@ -8,15 +8,16 @@ from tiny import loader, samples
 
 import vpt
 from vpt.accelerator import make_accelerator
+from vpt.bench.recipe import count_images
 from vpt.config import TrainConfig
 from vpt.losses.class_balanced import ClassBalanced
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
 from vpt.methods.vpt_deep import VPTDeep
-from vpt.training import crossval
-from vpt.training.dial import judged_batches, pick
-from vpt.training.side_by_side import SideBySide, fits
+from vpt.training import crossval, side_by_side
+from vpt.training.dial import pick
+from vpt.training.side_by_side import SideBySide, fits, num_batches
 from vpt.training.training_set import TrainingSet
 
 LABELS = torch.arange(24) % 3
@@ -68,8 +69,8 @@ def test_side_by_side_is_one_by_one(name, batch_size):
     assert not model.gates.any()
 
 
-def test_one_part_of_all_images_is_what_fit_trains():
-    """Of one batch an epoch, whose heads are of this very step's features in both."""
+def test_one_part_of_all_images_is_what_fit_trains(monkeypatch):
+    monkeypatch.setattr(side_by_side, "BATCHES", 1)  # which order makes no difference to
     data = samples(LABELS.numpy())
     model = vpt.attach(tiny.vit(), num_classes=3, gated=True, head="crossfit", num_tokens=2)
     model = model.double().eval()
@@ -94,6 +95,14 @@ def test_one_part_of_all_images_is_what_fit_trains():
     vpt.fit(model.float(), loader(model, data, 24), config=config)
     # scikit-learn stops a little before the optimum
     torch.testing.assert_close(side.models[0].gates.float(), model.gates, rtol=0.02, atol=1e-4)
+
+
+def test_heads_between_epochs_are_of_what_steps_have_computed():
+    model = vpt.attach(tiny.vit(), num_classes=3, gated=True, head="crossfit", num_tokens=2)
+    count = count_images(model.backbone)
+    vpt.fit(model, loader(model, samples(LABELS.numpy()), 6), config={"epochs": 3})
+    # a pass before and one after
+    assert count == {"forward": (1 + 3 + 1) * 24, "backward": 3 * 24}
 
 
 def test_a_factor_of_zero_is_the_start():
@@ -191,15 +200,13 @@ def test_only_what_copies_do_as_they_would_alone_is_trained_side_by_side(
 @pytest.mark.parametrize(("sizes", "batches"), [([3, 2], 2), ([10, 9], 4), ([200, 201], 7)])
 def test_few_images_are_taken_in_small_batches(sizes, batches):
     """And no batch is empty."""
-    parts = [(np.arange(size), np.arange(1), np.arange(0)) for size in sizes]
-    assert judged_batches(parts, 32) == batches
+    assert num_batches(sizes, 32) == batches
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), [((100, 40), 2), ((3, 2), 32), ((64, 60), 8)])
 def test_each_part_has_an_image_in_each_batch(sizes, batch_size):
     """Groups of patients differ in size; the mean loss of no image is no number."""
-    parts = [(np.arange(size), np.arange(2), None) for size in sizes]
-    batches = judged_batches(parts, batch_size)
+    batches = num_batches(sizes, batch_size)
     assert batches == {100: 40, 3: 2, 64: 8}[sizes[0]]
-    for seen, _, _ in parts:
-        assert all(len(batch) for batch in torch.from_numpy(seen).tensor_split(batches))
+    for size in sizes:
+        assert all(len(batch) for batch in torch.arange(size).tensor_split(batches))

@@ -291,7 +291,8 @@ def test_bf16_trains_float32_prompts():
 def test_two_processes_give_one_run(tmp_path, settings, head):
     one, two = tmp_path / "one", tmp_path / "two"
     settings = [*settings, "train.epochs=3", "train.min_steps=0", "train.folds=null"]
-    settings += ["method.dropout=0", f"method.head={head}"]
+    # batches of the same images in one process or two
+    settings += ["method.dropout=0", f"method.head={head}", "train.batch_size=2"]
     torchrun = ["torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "vpt.cli"]
     done = subprocess.run(
         command(torchrun, settings, two), env=ENVIRONMENT, capture_output=True, text=True

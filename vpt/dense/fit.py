@@ -62,7 +62,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         [g for g in groups if g["params"]], weight_decay=config.weight_decay
     )
-    records: list[Record] = read_checkpoint(checkpoint, model, optimizer)
+    records, _ = read_checkpoint(checkpoint, model, optimizer)
     done = records[-1]["step"] if records else 0
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _factor(step, config), last_epoch=done - 1

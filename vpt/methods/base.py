@@ -26,8 +26,8 @@ class Batch(NamedTuple):
     Attributes:
         inputs: images (B, 3, H, W), or their features (B, feature_dim) where `cached`.
         labels: of the kind of the method's target.
-        columns: `split` (B,), the split that holds the image out, of a cross-fitted method; those
-            of `Method.frozen_columns`.
+        columns: `split` (B,), the split that holds the image out, and `place` (B,) among all
+            images, of a cross-fitted method; those of `Method.frozen_columns`.
         cached: True where `inputs` are features.
     """
 
@@ -92,11 +92,13 @@ class Step(NamedTuple):
         total: a scalar, which the step lowers.
         logits: (B, C).
         terms: parts of the total by name, scalars, to be logged.
+        features: (B, feature_dim), of a cross-fitted method.
     """
 
     total: Tensor
     logits: Tensor
     terms: dict[str, Tensor] = {}  # noqa: RUF012
+    features: Tensor | None = None
 
 
 class Epoch(NamedTuple):
@@ -107,7 +109,8 @@ class Epoch(NamedTuple):
         count: how many epochs there are.
         loss: the one that steps are given.
         batches: all training images in order, without augmentation, with `split`.
-        features: computes the features (N, feature_dim) of all of `batches` as of now, on the CPU.
+        features: the features (N, feature_dim) of all of `batches`, on the CPU, as of now; or,
+            before an epoch of images that never change, as the last one's steps computed them.
     """
 
     number: int

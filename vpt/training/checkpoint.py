@@ -23,14 +23,14 @@ class Trained(Protocol):
 
 def read_checkpoint(
     path: Path | None, model: Trained, optimizer: torch.optim.Optimizer
-) -> list[dict[str, Any]]:
-    """Load what `write_checkpoint` wrote, where it is there; the records so far.
+) -> tuple[list[dict[str, Any]], Tensor | None]:
+    """Load what `write_checkpoint` wrote, where it is there; the records so far and the features.
 
     Raises:
         InputError: a file that is broken, or of another model.
     """
     if path is None or not path.is_file():
-        return []
+        return [], None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"], strict=False)
@@ -40,14 +40,18 @@ def read_checkpoint(
         raise InputError(
             f"{path}: cannot be continued from ({reason}): delete it to start again"
         ) from None
-    return state["history"]
+    return state["history"], state.get("features")
 
 
 def write_checkpoint(
-    path: Path, model: Trained, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]
+    path: Path,
+    model: Trained,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, Any]],
+    features: Tensor | None = None,
 ) -> None:
-    """Write tensors, the optimizer's state and the records so far, atomically."""
+    """Write tensors, the optimizer's state, the records so far and what else, atomically."""
     buffer = io.BytesIO()
     state = {"model": model.training_tensors(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "history": history}, buffer)
+    torch.save({**state, "history": history, "features": features}, buffer)
     write_atomically(path, buffer.getvalue())

@@ -1,6 +1,5 @@
 """Chooses how far trained prompts act: a factor on their gates, by held-out training images."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,11 +17,10 @@ from vpt.progress import Log
 from vpt.training import crossval
 from vpt.training.crossval import Part, assign_splits, log_losses, weigh
 from vpt.training.epochs import with_epochs
-from vpt.training.side_by_side import SideBySide
+from vpt.training.side_by_side import SideBySide, num_batches
 from vpt.training.training_set import TrainingSet
 
 FACTORS = (0.25, 0.5, 1.0, 1.5)
-BATCHES = 4  # an epoch at least: a step on few images teaches as much and costs less
 FLIPS = 10_000  # draws of what chance alone gives
 
 
@@ -84,7 +82,7 @@ def choose_factor(
         found = f"gets {wrong} wrong, too few to tell" if wrong else "gets all right"
         log(f"{probe} {found}: left as it starts; train.folds=null trains all the same")
         return 0.0
-    batches = judged_batches(parts, images.loader.batch_size)
+    batches = num_batches([len(seen) for seen, _, _ in parts], images.loader.batch_size)
     side.train(with_epochs(config, batches), batches, tick)
     after = [logits(factor) for factor in FACTORS]
     told = torch.stack([log_losses(model.target, each, labels) for each in (before, *after)])
@@ -110,12 +108,6 @@ def choose_factor(
         "train.folds=null trains all the same"
     )
     return 0.0
-
-
-def judged_batches(parts: Sequence[Part], batch_size: int) -> int:
-    """How many batches an epoch of the judged splits has; each split has an image in each."""
-    sizes = [len(seen) for seen, _, _ in parts]
-    return min(max(math.ceil(max(sizes) / batch_size), BATCHES), *sizes)
 
 
 def pick(gains: np.ndarray) -> tuple[int, float]:

@@ -31,26 +31,32 @@ def epochs(
     config: TrainConfig,
     accelerator: Accelerator,
     done: int,
-    start: Batch | None = None,
+    known: Batch | None = None,
     factor: float = 1.0,
-) -> Iterator[Record]:
-    """Train for the epochs that are not `done`; a record of each as soon as it is over.
+    reuse: bool = False,
+) -> Iterator[tuple[Record, Batch | None]]:
+    """Train for the epochs that are not `done`; of each a record, as soon as it is over.
 
-    `start` has the features before the first step, where they are known. After the last one gates
-    are multiplied by `factor`.
+    Hooks before the first of them are given the features `known`; None: those of now. With `reuse`
+    those before later ones are given what the steps have computed, which stands beside the record.
+    After the last one gates are multiplied by `factor`.
     """
     # prepared once, so that its workers keep what they have decoded
     shown = plain.prepared(accelerator) if model.cross_fitted else plain
-    features = partial(current_features, model, shown, accelerator, frozen)
+    current = partial(current_features, model, shown, accelerator, frozen)
+
+    def features() -> Batch:
+        return current() if known is None else known
+
     step = _Step(model, loss, fresh=model.overrides("frozen_columns") and frozen is None)
     step, optimizer = accelerator.prepare(step, optimizer)
     batches = batches.prepared(accelerator)
     for number in range(done, config.epochs):
         set_seed(config.seed + number, device_specific=True)
-        at = Epoch(number, config.epochs, loss, plain, features)
-        if start is not None and not number:
-            at = at._replace(features=lambda: start)
-        model.before_epoch(at)
+        at = Epoch(number, config.epochs, loss, plain, current)
+        if reuse:
+            known = features()
+        model.before_epoch(at._replace(features=features))
         if frozen:
             frozen.show(number)
             batches = batches.with_columns(frozen.columns).prepared(accelerator)
@@ -60,7 +66,8 @@ def epochs(
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
-        means = _steps(step, optimizer, batches, accelerator)
+        means, seen = _steps(step, optimizer, batches, accelerator, reuse)
+        known = _updated(known, *seen) if reuse else None
         finite = all(p.isfinite().all() for p in model.tunable_parameters().values())
         if not (finite and math.isfinite(means["loss"])):
             raise InputError(
@@ -72,7 +79,7 @@ def epochs(
             if factor != 1:
                 model.turn_gates(factor)
             model.after_training(at)
-        yield {"epoch": number, "lr": lr, **means}
+        yield {"epoch": number, "lr": lr, **means}, known
 
 
 def _steps(
@@ -80,23 +87,40 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Take a step on each batch; the means of loss, accuracy and terms over the images."""
+    keep: bool,
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """Take a step on each batch; the means of loss, accuracy and terms over the images.
+
+    With `keep` also the places (M,) and features (M, feature_dim) of what was stepped on.
+    """
     # summed on the device: nothing waits for the GPU inside an epoch
-    sums, seen, names = 0, 0, ()
+    sums, seen, names, kept = 0, 0, (), []
     for batch in batches:
-        total, correct, terms = step(batch)
+        total, correct, terms, features = step(batch)
+        if keep:
+            kept.append((batch.columns["place"], features.detach().float()))
         accelerator.backward(total)
         optimizer.step()
         optimizer.zero_grad()
         count, names = len(batch.labels), tuple(terms)
         loss, *parts = (value.detach() * count for value in (total, *terms.values()))
         sums, seen = sums + torch.stack([loss, correct, *parts]), seen + count
+    features = tuple(accelerator.gather(torch.cat(parts)) for parts in zip(*kept, strict=True))
     totals = torch.cat([sums, sums.new_tensor([seen])])
     *sums, count = accelerator.reduce(totals).tolist()
     loss, accuracy, *parts = (total / count for total in sums)
     record = {"loss": loss, "accuracy": accuracy}
-    return {**record, "terms": dict(zip(names, parts, strict=True))} if names else record
+    if names:
+        record["terms"] = dict(zip(names, parts, strict=True))
+    return record, features
+
+
+def _updated(known: Batch, places: Tensor, features: Tensor) -> Batch:
+    """Copy with these features at these places; those beyond are of no image of `known`."""
+    features, places = features.cpu(), places.cpu()
+    own, table = places < len(known.inputs), known.inputs.clone()
+    table[places[own]] = features[own]
+    return known._replace(inputs=table)
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
@@ -153,11 +177,12 @@ class _Step(nn.Module):
         super().__init__()
         self.model, self.loss, self.fresh = model, loss, fresh
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Total, number of right predictions, and terms."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
+        """Total, number of right predictions, terms, and features where the step has them."""
         if self.fresh:
             with torch.no_grad():
                 own = self.model.frozen_columns(batch.inputs)
             batch = batch._replace(columns={**batch.columns, **own})
         step = self.model.step(batch, self.loss)
-        return step.total, self.model.target.num_correct(step.logits, batch.labels), step.terms
+        correct = self.model.target.num_correct(step.logits, batch.labels)
+        return step.total, correct, step.terms, step.features

@@ -30,9 +30,10 @@ from vpt.settings import validate
 from vpt.training import side_by_side
 from vpt.training.checkpoint import read_checkpoint, write_checkpoint
 from vpt.training.crossval import Part, assign_splits, judged_parts, training_helps
-from vpt.training.dial import FACTORS, choose_factor, judged_batches
+from vpt.training.dial import FACTORS, choose_factor
 from vpt.training.epochs import Record, epochs, make_optimizer, num_epochs, with_epochs
 from vpt.training.features import FrozenColumns, current_features, image_features
+from vpt.training.side_by_side import num_batches
 from vpt.training.training_set import Batches, TrainingSet
 
 
@@ -85,7 +86,12 @@ def fit(
     images = TrainingSet(train, model.target, len(model.class_names))
     engine = engine or EngineConfig()
     accelerator = make_accelerator(config.precision, engine.compile)
-    given, config = config, _prepare(config, model, images, accelerator)
+    _check(config, model, images, accelerator)
+    together = side_by_side.fits(model, images)
+    batch_size = _batch_size(images, accelerator) if together else None
+    given = config
+    if config.min_steps:
+        config = with_epochs(config, _num_batches(images, batch_size))
     begin = time.perf_counter()
     set_seed(config.seed)
     in_order = images.own or config.folds or model.cross_fitted
@@ -106,16 +112,19 @@ def fit(
         seen = current_features(model, plain, accelerator, frozen)
         return [_solve(model, seen, accelerator, begin)]
     optimizer = make_optimizer(model, config)
-    history = read_checkpoint(checkpoint, model, optimizer)
+    history, features = read_checkpoint(checkpoint, model, optimizer)
     parts = judged_parts(images, config.folds) if config.folds and not history else []
-    together = side_by_side.fits(model, images)
-    with _bar(progress, model, images, parts, config, given, accelerator) as bar:
+    with _bar(progress, model, images, parts, config, given, accelerator, batch_size) as bar:
         images.tick = bar.tick
         if together and parts:
             bar.next_stage()
         plain = images.batches(plain.loader)
-        shown, ordered = _batches(model, images, plain, frozen)
+        shown, ordered = _batches(model, images, plain, frozen, batch_size)
         start = None
+        if features is not None:
+            labels = torch.from_numpy(images.labels)
+            columns = {name: column[: len(labels)] for name, column in ordered.columns.items()}
+            start = Batch(features, labels, columns, cached=True)
         factor = history[0].get("factor", 1.0) if history else 1.0  # that a stopped run had chosen
         if config.folds and not history and together:
             start = image_features(model, ordered, accelerator)
@@ -142,7 +151,7 @@ def fit(
             bar.next_stage()
         bar.update(history, config.epochs)
         done = len(history)
-        for record in epochs(
+        for record, seen in epochs(
             model,
             optimizer,
             shown,
@@ -154,6 +163,7 @@ def fit(
             done,
             start,
             factor,
+            reuse=together,
         ):
             if val is not None:
                 record["val_accuracy"] = evaluate(model, val, config.precision)["accuracy"]
@@ -166,7 +176,8 @@ def fit(
                 if on_epoch:
                     on_epoch(history)
                 if checkpoint:
-                    write_checkpoint(checkpoint, model, optimizer, history)
+                    features = seen and seen.inputs
+                    write_checkpoint(checkpoint, model, optimizer, history, features)
             bar.update(history, config.epochs)
     model.eval()
     return history
@@ -185,10 +196,10 @@ def find_loss(loss: str | type[Loss] | Loss, model: Method) -> type[Loss] | Loss
     return found
 
 
-def _prepare(
+def _check(
     config: TrainConfig, model: Method, images: TrainingSet, accelerator: Accelerator
-) -> TrainConfig:
-    """The configuration with as many epochs as `min_steps` needs; refuses what can't be trained."""
+) -> None:
+    """Refuses what can't be trained."""
     if config.batch_size % accelerator.num_processes:
         raise InputError(
             f"train.batch_size={config.batch_size} cannot be split over "
@@ -198,7 +209,19 @@ def _prepare(
         images.check_parts(f"train.folds={config.folds}")
     if model.cross_fitted:
         images.check_parts("method.head=crossfit")
-    return with_epochs(config, len(images.loader)) if config.min_steps else config
+
+
+def _batch_size(images: TrainingSet, accelerator: Accelerator) -> int:
+    """That of the steps on all images, in at least as many batches as those of splits."""
+    count, processes = len(images.loader.sampler), accelerator.num_processes
+    batches = num_batches([count], images.loader.batch_size)
+    return processes * math.ceil(count / batches / processes)
+
+
+def _num_batches(images: TrainingSet, batch_size: int | None) -> int:
+    """Of an epoch of all images; `batch_size` None: that of the loader."""
+    loader = images.loader
+    return math.ceil(len(loader.sampler) / batch_size) if batch_size else len(loader)
 
 
 def _bar(
@@ -209,6 +232,7 @@ def _bar(
     config: TrainConfig,
     given: TrainConfig,
     accelerator: Accelerator,
+    batch_size: int | None,
 ) -> AbstractContextManager[TrainingBar]:
     """The bar over the parts of cross-validation and the training after them, or a given one.
 
@@ -217,23 +241,24 @@ def _bar(
     if isinstance(progress, TrainingBar):
         return nullcontext(progress)
 
-    together, known = side_by_side.fits(model, images), 0
-
     def size(batches: int, plain: int) -> int:
         epochs = num_epochs(config, batches)
-        return epochs * batches + plain * (epochs + 1 - known if model.cross_fitted else 1)
+        return epochs * batches + plain * (epochs + 1 if model.cross_fitted else 1)
 
     stages = []
-    if together:
+    if batch_size:
+        count = len(images.places)
+        start = math.ceil(count / EVAL_BATCH)
         if parts:
-            batches = judged_batches(parts, images.loader.batch_size)
-            plain = math.ceil(sum(len(seen) + len(held) for seen, held, _ in parts) / EVAL_BATCH)
+            sizes = [len(seen) for seen, _, _ in parts]
+            batches = num_batches(sizes, images.loader.batch_size)
+            plain = math.ceil((sum(sizes) + sum(len(held) for _, held, _ in parts)) / EVAL_BATCH)
             steps = num_epochs(given, batches) * batches
-            start = math.ceil(len(images.labels) / EVAL_BATCH)
             name = f"trying out on {len(parts)} parts"
             stages = [(name, start + steps + plain * len(FACTORS))]
-            known = 1  # the start's features
-        parts = []
+        steps = config.epochs * _num_batches(images, batch_size)
+        stages.append(("training", steps + start * (1 if parts else 2)))
+        return TrainingBar(stages, bool(progress) and accelerator.is_main_process)
     for number, (seen, _, _) in enumerate(parts, 1):
         batches = math.ceil(len(seen) / images.loader.batch_size)
         plain = math.ceil(len(seen) / EVAL_BATCH)  # once more, for the start
@@ -325,7 +350,11 @@ def _start(
 
 
 def _batches(
-    model: Method, images: TrainingSet, plain: Batches, frozen: FrozenColumns | None
+    model: Method,
+    images: TrainingSet,
+    plain: Batches,
+    frozen: FrozenColumns | None,
+    batch_size: int | None,
 ) -> tuple[Batches, Batches]:
     """The batches of steps and those of hooks, numbered where they have columns."""
     if not (frozen or model.cross_fitted):
@@ -335,10 +364,12 @@ def _batches(
         # the last is of images that were not there to be split
         splits = np.append(assign_splits(images, SPLITS), SPLITS)
         columns["split"] = torch.from_numpy(splits)
+        columns["place"] = torch.arange(len(splits))
     count = len(images.places)
     loader, ordered = images.numbered(
         np.arange(count),
         other=count,
+        batch_size=batch_size,
         unread=frozen is not None and model.frozen_features,
         views=frozen and frozen.views,
     )

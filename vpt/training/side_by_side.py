@@ -1,6 +1,7 @@
 """Trains copies of a prompted model on parts of the images, side by side in the same batches."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from vpt.methods.base import Batch
 from vpt.methods.linear_probe import ABSENT, SPLITS
 from vpt.training.epochs import learning_rate, make_optimizer
 from vpt.training.training_set import TrainingSet
+
+BATCHES = 4  # an epoch at least: a step on few images teaches as much and costs less
 
 Read = Callable[[Tensor], Tensor]  # places → images (B, 3, H, W)
 
@@ -40,13 +43,17 @@ def fits(model: Method, images: TrainingSet) -> bool:
     )
 
 
+def num_batches(sizes: Sequence[int], batch_size: int) -> int:
+    """How many batches an epoch has of parts of so many images; each has an image in each."""
+    return min(max(math.ceil(max(sizes) / batch_size), BATCHES), *sizes)
+
+
 class SideBySide:
     """S copies of a model with closed gates; each learns from a part of N images.
 
     A sample of a batch has the prompts and the heads of its copy, so that one pass of the tower
     trains all. A copy becomes what it would alone, in as many batches. Heads are those of
-    `LinearReadout`: cross-fitted before each epoch, but to features as the steps before left them,
-    of one batch a part as the step itself gives them.
+    `LinearReadout`, cross-fitted before each epoch to features as the steps before computed them.
 
     Attributes:
         models: the copies.
@@ -95,8 +102,9 @@ class SideBySide:
                 own[torch.randperm(len(own), generator=order)].tensor_split(batches)
                 for own, order in zip(seen, orders, strict=True)
             ]
-            for number, batch in enumerate(zip(*drawn, strict=True)):
-                self._loss(batch, solve=not number)
+            self._cross_fit()
+            for batch in zip(*drawn, strict=True):
+                self._loss(batch)
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -117,14 +125,12 @@ class SideBySide:
         weights, biases = self._heads(features, (self.splits >= 0)[:, None])
         return features @ weights[:, 0].mT + biases[:, :1]
 
-    def _loss(self, batch: Sequence[Tensor], solve: bool) -> None:
+    def _loss(self, batch: Sequence[Tensor]) -> None:
         """Gradients of all parts' losses on their images at places `batch`."""
         lengths = torch.tensor([len(places) for places in batch])
         parts, places = torch.arange(len(batch)).repeat_interleave(lengths), torch.cat(list(batch))
         features = self._run(parts, places, 1.0)
         self.features[parts, places] = features.detach().to(self.features)
-        if solve:
-            self._cross_fit()
         own = parts, self.splits[parts, places]
         weights, biases = (each[own].to(features.device) for each in self._cross_fitted)
         logits = (weights @ features.to(weights)[..., None])[..., 0] + biases

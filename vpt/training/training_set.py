@@ -132,13 +132,20 @@ class TrainingSet:
         return (Batch.read(batch, number, self.conform) for number, batch in enumerate(loader))
 
     def numbered(
-        self, numbers: np.ndarray, other: int, *, unread: bool = False, views: int | None = None
+        self,
+        numbers: np.ndarray,
+        other: int,
+        *,
+        batch_size: int | None = None,
+        unread: bool = False,
+        views: int | None = None,
     ) -> tuple[DataLoader, DataLoader]:
         """`loader` and `plain` with numbers: of pairs of a Batch and the number (B,) of each image.
 
         Args:
             numbers: (N,), in the order of `labels`.
             other: the number of images that it lacks.
+            batch_size: of `loader`; None: as it is.
             unread: `loader` gives numbers in the place of images, which nobody needs.
             views: the epochs take turns with so many views of each image; None: each has its own.
         """
@@ -148,7 +155,9 @@ class TrainingSet:
         if unread:
             labels = loader.dataset.samples.labels
             loader = DataLoader(_Labels(labels), loader.batch_size, sampler=loader.sampler)
-        return _number(loader, table, views), _number(self.plain, numbers, views)
+        size = batch_size or loader.batch_size
+        plain = _number(self.plain, numbers, views, self.plain.batch_size)
+        return _number(loader, table, views, size), plain
 
 
 class Batches:
@@ -242,11 +251,13 @@ def _check_count(labels: Any, samples: Any) -> None:
         )
 
 
-def _number(loader: DataLoader, numbers: np.ndarray, views: int | None) -> DataLoader:
+def _number(
+    loader: DataLoader, numbers: np.ndarray, views: int | None, batch_size: int
+) -> DataLoader:
     return _like(
         loader,
         _Numbered(loader.dataset, numbers, views),
-        loader.batch_size,
+        batch_size,
         sampler=loader.sampler,
         drop_last=loader.drop_last,
         collate_fn=partial(_collate, loader.collate_fn),
