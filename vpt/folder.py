@@ -1,9 +1,11 @@
 """The folder of a run: where it is, and which file is what."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from vpt.config import RunConfig
+from vpt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,20 @@ def default_folder(config: RunConfig) -> Path:
     data += f"-{config.data.class_half}" if config.data.class_half else ""
     shots = "all" if config.data.shots is None else f"{config.data.shots}shot"
     return Path("runs") / f"{config.method.name}-{data}-{shots}-seed{config.data.seed}"
+
+
+def check_cache(folder: Path | None) -> None:
+    """Refuses an `engine.feature_cache` that can be neither made nor written into.
+
+    Raises:
+        InputError: says which folder it is.
+    """
+    if folder is None:
+        return
+    folder = folder.expanduser().absolute()
+    there = next(path for path in [folder, *folder.parents] if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(
+            f"engine.feature_cache={folder}: nothing can be written into {there}: give another "
+            "folder"
+        )

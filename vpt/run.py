@@ -32,7 +32,7 @@ from vpt.evaluation.decision import Decision, fit_decision, resampled_metrics
 from vpt.evaluation.evaluate import confusion, test_loader
 from vpt.evaluation.plots import draw_confusion
 from vpt.files import write_atomically
-from vpt.folder import RunFolder, default_folder
+from vpt.folder import RunFolder, check_cache, default_folder
 from vpt.losses import Loss
 from vpt.methods import Method
 from vpt.new_classes import check_tests, run_tests
@@ -156,6 +156,7 @@ def prepare(
         InputError: anything that is wrong with the input.
     """
     folder = RunFolder(config.out or default_folder(config))
+    check_cache(config.engine.feature_cache)
     source = data[0] if data else open_source(config.data)
     split = data[1] if data else split_data(source, config.data)
     source = source.half(config.data.class_half)

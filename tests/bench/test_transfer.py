@@ -124,6 +124,7 @@ def test_every_task_is_trained_from_every_other(folders):
         (["tasks.pets.rot=x"], "unknown key 'tasks.pets.rot'; did you mean 'tasks.pets.root'"),
         (["source_shots=50"], "tasks.pets at 50 images a class: "),
         (["shots=[1,60]"], "tasks.pets at 60 images a class: "),
+        (["method.name=linear_probe"], "it changes no image features"),
     ],
 )
 def test_a_bad_key_is_a_line(folders, capfd, monkeypatch, extra, message):

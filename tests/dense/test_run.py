@@ -236,6 +236,9 @@ def test_maps_of_a_frozen_tower_are_kept_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(map_files, "SPARE_BYTES", 2**62)
     train("full", f"engine.feature_cache={tmp_path / 'full_disk'}")
     assert not list((tmp_path / "full_disk").rglob("*.safetensors"))
+    with pytest.raises(InputError, match=r"engine\.feature_cache=.*give another folder"):
+        train("file", f"engine.feature_cache={files[0]}")
+    assert not (tmp_path / "file").exists()
     train("prompts", kept, "method.name=vpt_deep")
     assert any("they change while vpt_deep trains" in line for line in lines)
     assert len(list(cache.iterdir())) == 2

@@ -9,6 +9,7 @@ from tiny import NAMES, attach, clip, images, loader, samples, vit, write_image
 import vpt
 from vpt.config import EngineConfig, TrainConfig, load_run
 from vpt.data.images import Samples
+from vpt.errors import InputError
 from vpt.run import run
 
 CONFIG = TrainConfig(epochs=4, lr=1e-2, warmup_epochs=1)
@@ -179,6 +180,15 @@ def test_a_run_keeps_its_features_where_it_is_told(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
     said = [line for line in lines if "features: from" in line]
     assert len(said) == 2  # the first run has seen all images, for training or for testing
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "file" / "cache"
+    config = load_run("digits_coop", [f"engine.feature_cache={cache}", f"out={tmp_path / 'out'}"])
+    with pytest.raises(InputError, match=rf"engine\.feature_cache={cache}: .*give another folder"):
+        run(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_test_images_from_the_folder_give_the_same_metrics(tmp_path):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt
 from scipy.stats import t as student
 
+from vpt import methods
 from vpt.bench.suite import Engine, absolute, run_all
 from vpt.config import RunConfig, Seed, load_run, to_yaml
 from vpt.data.fewshot import split_data
@@ -62,6 +63,7 @@ def transfer(
     out = out.absolute()
     if (out / "suite.yaml").is_file() and not resume:
         raise InputError(f"{out}: holds a suite: give --resume, or another --out")
+    _check_method(suite.method.name)
     _check_apart(suite)
     _check_shots(suite)
     write_atomically(out / "suite.yaml", to_yaml(suite).encode())
@@ -239,6 +241,16 @@ def _choice(suite: TransferConfig, target: str, shots: int | None, seed: int, ou
     data = config.data.model_copy(update={"duplicates": "ignore"})
     prepared = prepare(config.model_copy(update={"data": data}), log=lambda line: None)
     return prepared.started["init_from"]["name"]
+
+
+def _check_method(name: str) -> None:
+    """Refuses a method without anything of images that could carry over."""
+    method = methods.find(name)
+    if method.solved or method.frozen_features:
+        raise InputError(
+            f"method.name={name}: it changes no image features, by which a source is chosen: give "
+            "one that does, such as vpt_deep"
+        )
 
 
 def _check_apart(suite: TransferConfig) -> None:

@@ -24,7 +24,7 @@ from vpt.dense.pyramid import Maps, attach
 from vpt.dense.split import Split, split_images
 from vpt.errors import InputError
 from vpt.files import write_atomically
-from vpt.folder import RunFolder
+from vpt.folder import RunFolder, check_cache
 from vpt.progress import Log
 from vpt.resources import package_version
 from vpt.run import NOTICE, check_same_split, json_lines
@@ -142,6 +142,7 @@ def prepare(config: Config, log: Log = print) -> Prepared:
         f"{tunable:,} tunable parameters{', maps computed once' if maps.frozen else ''}"
     )
     if config.engine.feature_cache:
+        check_cache(config.engine.feature_cache)
         log(f"maps: {_kept(config, maps, len(split.train))}")
     return Prepared(config, folder, kind, source.layout, split, canvas, model, diagnosis)
 
