@@ -11,6 +11,7 @@ from vpt.config import EngineConfig, TrainConfig, load_run
 from vpt.data.images import Samples
 from vpt.errors import InputError
 from vpt.run import run
+from vpt.training import features
 
 CONFIG = TrainConfig(epochs=4, lr=1e-2, warmup_epochs=1)
 
@@ -53,6 +54,19 @@ def test_features_train_as_images_do(method, options, augment):
     assert (once[2], always[2]) == (1 if augment == "none" else 4, 4 * 3)
     said = "one view" if augment == "none" else "each epoch's own views"
     assert said in once[3]
+
+
+@pytest.mark.parametrize("room", [10**3, 10**6])
+def test_columns_that_do_not_fit_are_computed_in_each_step(monkeypatch, room):
+    """Those that a method can do without; the others are kept."""
+    options = {"first_block": 2, "dim": 8, "templates": ["a {}."]}
+    kept = fit("mmrlpp", options, backbone=clip(layers=3))
+    monkeypatch.setattr(features, "CACHE_BYTES", room)
+    bounded = fit("mmrlpp", options, backbone=clip(layers=3))
+    assert_same_training(bounded, kept)
+    line = "MB of 'lower' do not fit into the 0 MiB for frozen columns"
+    assert (line in bounded[3]) == (room == 10**3)
+    assert "do not fit" not in kept[3]
 
 
 def test_stored_views_take_turns():

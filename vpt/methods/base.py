@@ -138,6 +138,8 @@ class Method(nn.Module):
         frozen_features: True where nothing that trains changes an image's features, so that
             they need be computed only once.
         cross_fitted: True where `step` needs the column `split`.
+        spare_columns: frozen columns that `step` does without, more slowly, where they take more
+            memory than there is for them.
         takes_names: True where an artefact can be loaded with other class names: nothing that is
             learned belongs to a class.
         from_names: tensors of an artefact that follow from the class names alone.
@@ -157,6 +159,7 @@ class Method(nn.Module):
     takes_names = False
     from_names: ClassVar[frozenset[str]] = frozenset()
     statistics: ClassVar[frozenset[str]] = frozenset()
+    spare_columns: ClassVar[frozenset[str]] = frozenset()
     task = 0
     passes = 1.0
     is_folded = False

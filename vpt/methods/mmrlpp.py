@@ -52,6 +52,7 @@ class MMRLpp(ImagePrompts, ClassEmbeddings):
     """
 
     Options = Options
+    spare_columns = frozenset({"lower"})
     teacher_texts: Tensor
 
     def __init__(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from vpt.accelerator import Precision, make_accelerator
 from vpt.artifact import digest
+from vpt.data.loaders import CACHE_BYTES
 from vpt.errors import InputError
 from vpt.evaluation.evaluate import EVAL_BATCH, predict
 from vpt.files import write_atomically
@@ -37,6 +38,7 @@ class FrozenColumns:
         views: how many there are; None: each epoch's own.
         labels: of the training set's images.
         columns: as `show` left them; `inputs` among them if the method's never change.
+        left_out: `spare_columns` that would take more than CACHE_BYTES.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class FrozenColumns:
         which = {None: "each epoch's own views, in one pass", 1: "one view"}
         what = "image features" if model.frozen_features else "frozen columns"
         log(f"{what}: of {which.get(self.views, f'{self.views} stored views')} an image")
+        self.left_out = self._left_out()
 
     @property
     def whole(self) -> bool:
@@ -121,11 +124,30 @@ class FrozenColumns:
         for images, _ in accelerator.prepare(loader):
             with accelerator.autocast():
                 columns = model.frozen_columns(images)
+                columns = {n: c for n, c in columns.items() if n not in self.left_out}
                 if model.frozen_features:
                     columns = {INPUTS: model.features(images), **columns}
             columns = {k: c.float() if c.is_floating_point() else c for k, c in columns.items()}
             parts.append(accelerator.gather_for_metrics(columns))
         return _check({name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]})
+
+    @torch.no_grad()
+    def _left_out(self) -> list[str]:
+        model, images = self.model, self.train.dataset
+        if not model.spare_columns:
+            return []
+        size = model.backbone.preprocess.image_size
+        one = model.frozen_columns(torch.zeros(1, 3, size, size, device=model.backbone.device))
+        left_out = []
+        for name in sorted(model.spare_columns & one.keys()):
+            whole = 4 * one[name].numel() * len(images) * (self.views or 1)
+            if whole > CACHE_BYTES:
+                left_out.append(name)
+                self.log(
+                    f"memory: {whole / 1e6:,.0f} MB of {name!r} do not fit into the "
+                    f"{CACHE_BYTES >> 20} MiB for frozen columns, so each step computes it anew"
+                )
+        return left_out
 
     def _key(self, view: int) -> str:
         """Names all that the columns come from; another of any of it is another file."""
@@ -147,6 +169,7 @@ class FrozenColumns:
                 "augment": images.deterministic
                 or [images.augmentation, images.seed, view, images.samples.content_hash()],
                 "precision": self.accelerator.mixed_precision,
+                **({"left_out": self.left_out} if self.left_out else {}),
             },
             sort_keys=True,
         )
