@@ -221,7 +221,9 @@ def _batch_size(images: TrainingSet, accelerator: Accelerator) -> int:
 def _num_batches(images: TrainingSet, batch_size: int | None) -> int:
     """Of an epoch of all images; `batch_size` None: that of the loader."""
     loader = images.loader
-    return math.ceil(len(loader.sampler) / batch_size) if batch_size else len(loader)
+    if not batch_size:
+        return len(loader)
+    return (math.floor if loader.drop_last else math.ceil)(len(loader.sampler) / batch_size)
 
 
 def _bar(
