@@ -79,7 +79,9 @@ def default_folder(config: RunConfig) -> Path:
 
 
 def check_cache(folder: Path | None) -> None:
-    """Refuses an `engine.feature_cache` that can be neither made nor written into.
+    """Refuses an `engine.feature_cache` that is not there and cannot be made.
+
+    One that is there may be whole already, so that nothing is written into it.
 
     Raises:
         InputError: says which folder it is.
@@ -87,9 +89,6 @@ def check_cache(folder: Path | None) -> None:
     if folder is None:
         return
     folder = folder.expanduser().absolute()
-    there = next(path for path in [folder, *folder.parents] if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise InputError(
-            f"engine.feature_cache={folder}: nothing can be written into {there}: give another "
-            "folder"
-        )
+    there = next(path for path in [folder, *folder.parents] if os.path.lexists(path))
+    if not os.path.isdir(there) or (there != folder and not os.access(there, os.W_OK)):
+        raise InputError(f"engine.feature_cache={folder}: cannot be made: give another folder")

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from tiny import loader, samples
+from torch.utils.data import DataLoader, RandomSampler
 
 import vpt
 from vpt.accelerator import make_accelerator
@@ -17,6 +18,7 @@ from vpt.methods.linear_probe import SPLITS
 from vpt.methods.vpt_deep import VPTDeep
 from vpt.training import crossval, side_by_side
 from vpt.training.dial import pick
+from vpt.training.epochs import _updated
 from vpt.training.side_by_side import SideBySide, fits, num_batches
 from vpt.training.training_set import TrainingSet
 
@@ -103,6 +105,41 @@ def test_heads_between_epochs_are_of_what_steps_have_computed():
     vpt.fit(model, loader(model, samples(LABELS.numpy()), 6), config={"epochs": 3})
     # a pass before and one after
     assert count == {"forward": (1 + 3 + 1) * 24, "backward": 3 * 24}
+
+
+@pytest.mark.parametrize("draws", [24, 12])
+def test_features_of_images_that_no_step_has_seen_are_computed(draws):
+    data = [(image.float(), int(label)) for image, label in zip(IMAGES, LABELS, strict=True)]
+    model = vpt.attach(tiny.vit(), num_classes=3, gated=True, head="crossfit", num_tokens=2)
+    count = count_images(model.backbone)
+    images = DataLoader(data, 3, sampler=RandomSampler(data, num_samples=draws))
+    vpt.fit(model, images, config={"epochs": 3})
+    # all before and after, and between epochs unless these have seen all
+    passes = 2 if draws == 24 else 4
+    assert count == {"forward": (passes + 3) * draws, "backward": 3 * draws}
+
+
+def test_of_an_image_that_is_drawn_twice_the_last_features_count():
+    known = Batch(torch.zeros(3, 1), torch.zeros(3), cached=True)
+    places, features = torch.tensor([2, 0, 3, 1, 0]), torch.arange(5.0)[:, None]
+    assert _updated(known, places, features).inputs.tolist() == [[4], [3], [0]]
+    assert _updated(known, places[1:], features[1:]) is None
+
+
+def test_a_training_goes_on_in_the_batches_that_it_began_with(tmp_path):
+    """Checkpoints of earlier versions do not say which: the loader's."""
+    path, config = tmp_path / "checkpoint.pt", {"epochs": 3, "min_steps": 9}
+
+    def train():
+        model = vpt.attach(tiny.vit(), num_classes=3, gated=True, head="crossfit", num_tokens=2)
+        images = loader(model, samples(LABELS.numpy()), 24)
+        return vpt.fit(model, images, config=config, checkpoint=path)
+
+    assert [len(train()), len(train())] == [3, 3]
+    state = torch.load(path, weights_only=True)
+    assert state.pop("kept")["batch_size"] == 6
+    torch.save(state, path)
+    assert len(train()) == 9
 
 
 def test_a_factor_of_zero_is_the_start():

@@ -23,14 +23,14 @@ class Trained(Protocol):
 
 def read_checkpoint(
     path: Path | None, model: Trained, optimizer: torch.optim.Optimizer
-) -> tuple[list[dict[str, Any]], Tensor | None]:
-    """Load what `write_checkpoint` wrote, where it is there; the records so far and the features.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Load what `write_checkpoint` wrote, where it is there; the records so far, and what else.
 
     Raises:
         InputError: a file that is broken, or of another model.
     """
     if path is None or not path.is_file():
-        return [], None
+        return [], {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"], strict=False)
@@ -40,7 +40,7 @@ def read_checkpoint(
         raise InputError(
             f"{path}: cannot be continued from ({reason}): delete it to start again"
         ) from None
-    return state["history"], state.get("features")
+    return state["history"], state.get("kept", {})
 
 
 def write_checkpoint(
@@ -48,10 +48,10 @@ def write_checkpoint(
     model: Trained,
     optimizer: torch.optim.Optimizer,
     history: list[dict[str, Any]],
-    features: Tensor | None = None,
+    **kept: Any,
 ) -> None:
-    """Write tensors, the optimizer's state, the records so far and what else, atomically."""
+    """Write tensors, the optimizer's state, the records so far and what is `kept`, atomically."""
     buffer = io.BytesIO()
     state = {"model": model.training_tensors(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "history": history, "features": features}, buffer)
+    torch.save({**state, "history": history, "kept": kept}, buffer)
     write_atomically(path, buffer.getvalue())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -38,8 +39,8 @@ def epochs(
     """Train for the epochs that are not `done`; of each a record, as soon as it is over.
 
     Hooks before the first of them are given the features `known`; None: those of now. With `reuse`
-    those before later ones are given what the steps have computed, which stands beside the record.
-    After the last one gates are multiplied by `factor`.
+    those before later ones are given what the steps have computed, if they have seen all images,
+    which stands beside the record. After the last one gates are multiplied by `factor`.
     """
     # prepared once, so that its workers keep what they have decoded
     shown = plain.prepared(accelerator) if model.cross_fitted else plain
@@ -115,12 +116,14 @@ def _steps(
     return record, features
 
 
-def _updated(known: Batch, places: Tensor, features: Tensor) -> Batch:
-    """Copy with these features at these places; those beyond are of no image of `known`."""
-    features, places = features.cpu(), places.cpu()
-    own, table = places < len(known.inputs), known.inputs.clone()
-    table[places[own]] = features[own]
-    return known._replace(inputs=table)
+def _updated(known: Batch, places: Tensor, features: Tensor) -> Batch | None:
+    """Copy with these features, the last of each place; None: not all images are among them."""
+    # those of images that `known` lacks have the place after the last
+    drawn, last = np.unique(places.cpu().numpy()[::-1], return_index=True)
+    count = len(known.inputs)
+    if not np.array_equal(drawn[:count], np.arange(count)):
+        return None
+    return known._replace(inputs=features.cpu().flip(0)[last[:count]])
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:

@@ -87,11 +87,7 @@ def fit(
     engine = engine or EngineConfig()
     accelerator = make_accelerator(config.precision, engine.compile)
     _check(config, model, images, accelerator)
-    together = side_by_side.fits(model, images)
-    batch_size = _batch_size(images, accelerator) if together else None
-    given = config
-    if config.min_steps:
-        config = with_epochs(config, _num_batches(images, batch_size))
+    together, given = side_by_side.fits(model, images), config
     begin = time.perf_counter()
     set_seed(config.seed)
     in_order = images.own or config.folds or model.cross_fitted
@@ -112,7 +108,12 @@ def fit(
         seen = current_features(model, plain, accelerator, frozen)
         return [_solve(model, seen, accelerator, begin)]
     optimizer = make_optimizer(model, config)
-    history, features = read_checkpoint(checkpoint, model, optimizer)
+    history, kept = read_checkpoint(checkpoint, model, optimizer)
+    batch_size = _batch_size(images, accelerator) if together else None
+    if history:  # a training goes on as it began
+        batch_size = kept.get("batch_size")
+    if config.min_steps:
+        config = with_epochs(config, _num_batches(images, batch_size))
     parts = judged_parts(images, config.folds) if config.folds and not history else []
     with _bar(progress, model, images, parts, config, given, accelerator, batch_size) as bar:
         images.tick = bar.tick
@@ -121,10 +122,10 @@ def fit(
         plain = images.batches(plain.loader)
         shown, ordered = _batches(model, images, plain, frozen, batch_size)
         start = None
-        if features is not None:
+        if kept.get("features") is not None and kept["places"] == images.places.tolist():
             labels = torch.from_numpy(images.labels)
             columns = {name: column[: len(labels)] for name, column in ordered.columns.items()}
-            start = Batch(features, labels, columns, cached=True)
+            start = Batch(kept["features"], labels, columns, cached=True)
         factor = history[0].get("factor", 1.0) if history else 1.0  # that a stopped run had chosen
         if config.folds and not history and together:
             start = image_features(model, ordered, accelerator)
@@ -176,8 +177,10 @@ def fit(
                 if on_epoch:
                     on_epoch(history)
                 if checkpoint:
-                    features = seen and seen.inputs
-                    write_checkpoint(checkpoint, model, optimizer, history, features)
+                    kept = {"batch_size": batch_size}
+                    if seen:
+                        kept |= {"features": seen.inputs, "places": images.places.tolist()}
+                    write_checkpoint(checkpoint, model, optimizer, history, **kept)
             bar.update(history, config.epochs)
     model.eval()
     return history
@@ -212,10 +215,10 @@ def _check(
 
 
 def _batch_size(images: TrainingSet, accelerator: Accelerator) -> int:
-    """That of the steps on all images, in at least as many batches as those of splits."""
+    """That of the steps on all images: the loader's, or of about as many batches as BATCHES."""
     count, processes = len(images.loader.sampler), accelerator.num_processes
-    batches = num_batches([count], images.loader.batch_size)
-    return processes * math.ceil(count / batches / processes)
+    few = processes * math.ceil(count / side_by_side.BATCHES / processes)
+    return min(images.loader.batch_size, few)
 
 
 def _num_batches(images: TrainingSet, batch_size: int | None) -> int:
