@@ -77,7 +77,7 @@ class LinearReadout(Method):
             logits = F.linear(features.to(weights.dtype), weights, self.split_biases.flatten())
         logits = logits.unflatten(1, self.split_biases.shape)
         logits = logits[torch.arange(len(splits), device=splits.device), splits]
-        return Step(loss(logits, batch.labels), logits, features=features)
+        return Step(loss(logits, batch.labels), logits)
 
     def before_epoch(self, at: Epoch) -> None:
         """Solve the head and those of splits, unless the option `head` says that steps train it."""

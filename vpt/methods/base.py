@@ -92,13 +92,11 @@ class Step(NamedTuple):
         total: a scalar, which the step lowers.
         logits: (B, C).
         terms: parts of the total by name, scalars, to be logged.
-        features: (B, feature_dim), of a cross-fitted method.
     """
 
     total: Tensor
     logits: Tensor
     terms: dict[str, Tensor] = {}  # noqa: RUF012
-    features: Tensor | None = None
 
 
 class Epoch(NamedTuple):

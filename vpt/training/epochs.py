@@ -49,7 +49,8 @@ def epochs(
     def features() -> Batch:
         return current() if known is None else known
 
-    step = _Step(model, loss, fresh=model.overrides("frozen_columns") and frozen is None)
+    fresh = model.overrides("frozen_columns") and frozen is None
+    step = _Step(model, loss, fresh, keep=reuse)
     step, optimizer = accelerator.prepare(step, optimizer)
     batches = batches.prepared(accelerator)
     for number in range(done, config.epochs):
@@ -175,17 +176,21 @@ def make_optimizer(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
 class _Step(nn.Module):
     """A method's step as a forward pass, so that DistributedDataParallel sees it."""
 
-    def __init__(self, model: Method, loss: Loss, fresh: bool) -> None:
-        """`fresh`: frozen columns are computed for each batch."""
+    def __init__(self, model: Method, loss: Loss, fresh: bool, keep: bool) -> None:
+        """`fresh`: frozen columns are computed for each batch. `keep`: features are given too."""
         super().__init__()
-        self.model, self.loss, self.fresh = model, loss, fresh
+        self.model, self.loss, self.fresh, self.keep = model, loss, fresh, keep
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-        """Total, number of right predictions, terms, and features where the step has them."""
+        """Total, number of right predictions, terms, and with `keep` features."""
         if self.fresh:
             with torch.no_grad():
                 own = self.model.frozen_columns(batch.inputs)
             batch = batch._replace(columns={**batch.columns, **own})
+        features = None
+        if self.keep:
+            features = self.model.batch_features(batch)
+            batch = batch._replace(inputs=features, cached=True)
         step = self.model.step(batch, self.loss)
         correct = self.model.target.num_correct(step.logits, batch.labels)
-        return step.total, correct, step.terms, step.features
+        return step.total, correct, step.terms, features
