@@ -110,7 +110,7 @@ def fit(
     optimizer = make_optimizer(model, config)
     history, kept = read_checkpoint(checkpoint, model, optimizer)
     batch_size = _batch_size(images, accelerator) if together else None
-    if history:  # a training goes on as it began, before 0.2 with features of each epoch's own
+    if history:  # a training goes on as it began; checkpoints of 0.1.0 say nothing of it
         batch_size = kept.get("batch_size")
     if config.min_steps:
         config = with_epochs(config, _num_batches(images, batch_size))
