@@ -1,5 +1,7 @@
 """Image features computed once: the same training as from images, never stale, never broken."""
 
+import os
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -10,6 +12,7 @@ import vpt
 from vpt.config import EngineConfig, TrainConfig, load_run
 from vpt.data.images import Samples
 from vpt.errors import InputError
+from vpt.folder import check_cache
 from vpt.run import run
 from vpt.training import features
 
@@ -203,6 +206,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
     with pytest.raises(InputError, match=rf"engine\.feature_cache={cache}: .*give another folder"):
         run(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_there_may_be_read_only(tmp_path, monkeypatch):
+    """It may be whole already."""
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    check_cache(tmp_path)
+    with pytest.raises(InputError, match="cannot be made"):
+        check_cache(tmp_path / "new")
 
 
 def test_test_images_from_the_folder_give_the_same_metrics(tmp_path):

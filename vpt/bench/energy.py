@@ -7,7 +7,7 @@ Result = TypeVar("Result")
 
 
 def estimate(run: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
-    """What `run` returns, and watt-hours of "cpu" and "gpu" meanwhile, each where a meter is.
+    """Result of `run`, and watt-hours of "cpu" and "gpu" meanwhile, each where a meter is.
 
     codecarbon reads the meters from time to time. They are of the whole machine, with whatever else
     runs on it. What codecarbon would guess without a meter is left out.
@@ -33,7 +33,7 @@ def estimate(run: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
 
 
 def meters() -> list[str]:
-    """Those of "cpu" (RAPL) and "gpu" (NVML, ROCm) that can be read; none without codecarbon."""
+    """Meters of "cpu" (RAPL) and "gpu" (NVML, ROCm) that can be read; none without codecarbon."""
     try:
         from codecarbon.core.cpu import is_rapl_available
         from codecarbon.core.gpu import is_gpu_details_available

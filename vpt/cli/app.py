@@ -25,7 +25,7 @@ Artefact = Annotated[Path, typer.Argument(help="A prompt.safetensors that `vpt t
 
 
 class Engine(StrEnum):
-    """What runs a suite, or a server: this machine's processes, or Ray."""
+    """Runs a suite, or a server: this machine's processes, or Ray."""
 
     local = "local"
     ray = "ray"

@@ -148,7 +148,7 @@ def prepare(config: Config, log: Log = print) -> Prepared:
 
 
 def _kept(config: Config, maps: Maps, count: int) -> str:
-    """What `engine.feature_cache` does for `count` training images, in words."""
+    """Says in words what `engine.feature_cache` does for `count` training images."""
     if not maps.frozen:
         return f"they change while {config.method.name} trains, so engine.feature_cache is not used"
     height, width = maps.size

@@ -21,7 +21,7 @@ log = logging.getLogger("vpt.serve")
 
 
 class Served(Protocol):
-    """What answers requests: a service, or the ingress of several."""
+    """Answers requests: a service, or the ingress of several."""
 
     limits: Limits
     ready: bool

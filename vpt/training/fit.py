@@ -215,14 +215,14 @@ def _check(
 
 
 def _batch_size(images: TrainingSet, accelerator: Accelerator) -> int:
-    """That of the steps on all images: the loader's, or of about as many batches as BATCHES."""
+    """Batch size of the steps on all images: the loader's, or that of about BATCHES an epoch."""
     count, processes = len(images.loader.sampler), accelerator.num_processes
     few = processes * math.ceil(count / side_by_side.BATCHES / processes)
     return min(images.loader.batch_size, few)
 
 
 def _num_batches(images: TrainingSet, batch_size: int | None) -> int:
-    """Of an epoch of all images; `batch_size` None: that of the loader."""
+    """Number of batches in an epoch of all images; `batch_size` None: that of the loader."""
     loader = images.loader
     if not batch_size:
         return len(loader)
