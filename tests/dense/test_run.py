@@ -118,7 +118,15 @@ def test_from_boxes_to_predictions(tmp_path, good, cli):
     finished, others = find_runs(tmp_path)
     assert [run.path.name for run in finished] == ["classifier"]
     assert others == {RunFolder(folder): "of boxes or masks, which this page does not show"}
-    assert paired_difference(folder, folder)["ap50_interval"] == [0, 0]
+    assert paired_difference([folder], [folder])["ap50_interval"] == [0, 0]
+    blind, perfect = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("no", "all"))
+    (blind / "detections.json").write_text("[]")
+    drawn = json.loads((folder / "test.json").read_text())["annotations"]
+    (perfect / "detections.json").write_text(json.dumps([{**row, "score": 1.0} for row in drawn]))
+    for ones, mean in (([perfect], 1), ([perfect, blind], 0.5)):  # over pairs
+        gain = paired_difference(ones, [blind] * len(ones))
+        assert gain["ap50"] == pytest.approx(mean)
+        assert all(own["ap50"] == pytest.approx(mean) for own in gain["per_class"].values())
 
 
 def test_a_run_is_the_same_twice_and_holds_out_without_parts(tmp_path):

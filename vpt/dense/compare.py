@@ -1,6 +1,7 @@
-"""Two runs on the same test images: is the difference more than the images drawn?"""
+"""Runs on the same test images: is the difference more than the images drawn?"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,53 @@ from vpt.errors import InputError
 from vpt.evaluation.bootstrap import intervals
 
 
-def paired_difference(one: Path, other: Path) -> dict[str, Any]:
-    """AP and AP50 of the run folder `one` minus those of `other`, with 95 % intervals.
+def paired_difference(ones: Sequence[Path], others: Sequence[Path]) -> dict[str, Any]:
+    """AP and AP50 of run folders minus those of others, means over pairs, with 95 % intervals.
 
-    The same resampled test images for both.
+    `per_class` has those of AP50. The same resampled test images for all: the intervals are of the
+    images drawn, not of seeds.
+
+    Args:
+        ones: run folders, such as of each seed.
+        others: as many, each to be compared with the one at its place.
 
     Raises:
         InputError: runs with other test images.
     """
-    truth = json.loads((one / TEST).read_text())
-    if truth != json.loads((other / TEST).read_text()):
-        raise InputError(
-            f"{one} and {other} were tested on other images: give two runs on the same"
-        )
-    images = _boxed(truth)
-    both = [_matches(folder, images, len(truth["categories"])) for folder in (one, other)]
+    truth = json.loads((ones[0] / TEST).read_text())
+    for folder in (*ones, *others):
+        if json.loads((folder / TEST).read_text()) != truth:
+            raise InputError(
+                f"{ones[0]} and {folder} were tested on other images: give runs on the same"
+            )
+    images, names = _boxed(truth), [each["name"] for each in truth["categories"]]
+    pairs = [
+        [_matches(folder, images, len(names)) for folder in pair]
+        for pair in zip(ones, others, strict=True)
+    ]
 
     def statistic(weights: Tensor) -> Tensor:
-        first, second = (_mean_precisions(matches, weights.double()) for matches in both)
-        return first - second
+        weights = weights.double()
+        gains = [_precisions(one, weights) - _precisions(other, weights) for one, other in pairs]
+        return torch.stack(gains).mean(0)
 
-    (ap, ap50) = statistic(torch.ones(1, len(images)))[0].tolist()
+    values = statistic(torch.ones(1, len(images)))[0].tolist()
     bounds = intervals(statistic, len(images))
-    return {"ap": ap, "ap_interval": bounds[0], "ap50": ap50, "ap50_interval": bounds[1]}
+    (ap, ap50, *each), (ap_interval, ap50_interval, *own) = values, bounds
+    return {
+        **{"ap": ap, "ap_interval": ap_interval, "ap50": ap50, "ap50_interval": ap50_interval},
+        "per_class": {
+            name: {"ap50": value, "ap50_interval": bound}
+            for name, value, bound in zip(names, each, own, strict=True)
+        },
+    }
 
 
-def _mean_precisions(matches: list[Matches], weights: Tensor) -> Tensor:
-    """AP and AP50 (R, 2)."""
-    found = torch.stack([average_precisions(each, weights) for each in matches]).nanmean(0)
-    return torch.stack([found.mean(1), found[:, 0]], 1)
+def _precisions(matches: list[Matches], weights: Tensor) -> Tensor:
+    """AP, AP50, and AP50 of each class (R, 2 + C)."""
+    found = torch.stack([average_precisions(each, weights) for each in matches])
+    means = found.nanmean(0)
+    return torch.cat([means.mean(1, keepdim=True), means[:, :1], found[:, :, 0].mT], 1)
 
 
 def _boxed(truth: dict[str, Any]) -> BoxedImages:
