@@ -350,7 +350,7 @@ def test_a_node_that_dies_loses_no_run(tmp_path, suite):
     import ray
     from ray.cluster_utils import Cluster
 
-    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
