@@ -217,7 +217,7 @@ CHANGES = {
     "method.name": "vpt_shallow",
     "method.num_tokens": "3",
     "method.layers": "[0]",
-    "train.epochs": "5",
+    "train.epochs": "7",
     "train.min_steps": "5",
     "train.batch_size": "5",
     "train.optimizer": "sgd",
