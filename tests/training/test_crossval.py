@@ -19,7 +19,7 @@ from vpt.evaluation.evaluate import predict
 from vpt.losses.class_balanced import ClassBalanced
 from vpt.progress import TrainingBar
 from vpt.targets.multiclass import Multiclass
-from vpt.training import crossval
+from vpt.training import crossval, dial
 from vpt.training import fit as train
 from vpt.training.crossval import judged_parts, training_helps
 from vpt.training.dial import FACTORS
@@ -306,6 +306,7 @@ def test_a_loader_without_batches_is_refused():
 @pytest.mark.parametrize("level", [2, 0])  # always trained, never
 def test_one_bar_counts_the_batches_of_all_stages(monkeypatch, level):
     monkeypatch.setattr(crossval, "LEVEL", level)
+    monkeypatch.setattr(dial, "LIKELY", level)
     counted, moved = [], []
     next_stage, tick, move = TrainingBar.next_stage, TrainingBar.tick, TrainingBar._move
 

@@ -16,7 +16,7 @@ from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch, Epoch
 from vpt.methods.linear_probe import SPLITS
 from vpt.methods.vpt_deep import VPTDeep
-from vpt.training import crossval, side_by_side
+from vpt.training import crossval, dial, side_by_side
 from vpt.training.dial import pick
 from vpt.training.epochs import _updated
 from vpt.training.side_by_side import SideBySide, fits, num_batches
@@ -204,6 +204,33 @@ def test_nothing_is_tried_out_where_nothing_can_be_decided(monkeypatch, labels, 
     vpt.fit(model, loader(model, samples(labels, pixels=pixels)), config=config, log=lines.append)
     assert line in lines[-1], lines
     assert bool(steps) == (line == "chance alone")
+
+
+@pytest.mark.parametrize(
+    ("a_class", "a_patient", "p", "trains"),
+    [
+        (9, None, 0.04, True),
+        (9, None, 0.2, False),
+        (10, None, 0.2, True),
+        (10, None, 0.6, False),
+        (18, 2, 0.2, False),  # of nine patients
+        (20, 2, 0.2, True),
+    ],
+)
+def test_more_chances_are_taken_with_more_images_a_class(
+    monkeypatch, a_class, a_patient, p, trains
+):
+    labels = np.arange(2 * a_class) % 2
+    patients = a_patient and [f"{i % 2}-{i // 2 // a_patient}" for i in range(2 * a_class)]
+    data = samples(labels, patients)
+    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    monkeypatch.setattr(dial, "pick", lambda gains: (1, p))
+    config = TrainConfig(**vpt.recipe("vpt_deep")[1].model_dump() | {"min_steps": 2, "epochs": 2})
+    lines = []
+    history = vpt.fit(model, loader(model, data), config=config, log=lines.append)
+    (line,) = [line for line in lines if "chance alone" in line]
+    assert ("trained on all images" in line) == bool(model.gates.any()) == trains
+    assert history[-1].get("factor") == (0.5 if trains else None)
 
 
 class Other(VPTDeep):

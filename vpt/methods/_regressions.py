@@ -122,7 +122,7 @@ class _Problem:
         step, rest = torch.zeros_like(gradient), gradient.clone()
         scaled = rest / diagonal
         way, product = scaled, _dot(rest, scaled)
-        wanted = 1e-4 * product
+        wanted = 1e-2 * product  # more would be undone by the next step of Newton
         for _ in range(ITERATIONS):
             done = product <= wanted
             if done.all():

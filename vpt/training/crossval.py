@@ -14,7 +14,7 @@ from vpt.progress import Log
 from vpt.targets import Target
 from vpt.training.training_set import TrainingSet
 
-ENOUGH = 300  # held-out images that suffice; splits after that many are left out
+ENOUGH = 300  # held-out images that suffice
 LEARNED = 640  # images that a split learns from at most, or 6 a class
 LEVEL = 0.05  # of the one-sided test that training helps
 
@@ -26,15 +26,15 @@ def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
     """The splits that are judged by, and of each the classes that it can't be judged by.
 
     All images of a patient are in one. They are `folds`, or fewer where only one class has as many
-    images, or ENOUGH are held out before. A split learns from LEARNED images at most.
+    images. A split learns from LEARNED images at most, and all together hold out ENOUGH at most.
     """
     parts: list[Part] = []
     for seen, held in images.target.splits(images.labels, images.patients, folds):
-        if sum(len(held) for _, held, _ in parts) >= ENOUGH:
-            break
         most = max(LEARNED, 6 * images.num_classes)
         seen = np.sort(np.random.default_rng(0).permutation(seen)[:most])
         held, unlearned = images.target.comparable(images.labels, seen, held)
+        room = ENOUGH - sum(len(held) for _, held, _ in parts)
+        held = np.sort(np.random.default_rng(0).permutation(held)[:room])
         if len(held):
             parts.append((seen, held, unlearned))
     return parts

@@ -22,6 +22,8 @@ from vpt.training.training_set import TrainingSet
 
 FACTORS = (0.25, 0.5, 1.0, 1.5)
 FLIPS = 10_000  # draws of what chance alone gives
+MANY = 10  # images of each class from which on training mostly helps, see docs/recipe.md
+LIKELY = 0.5  # the level there, in the place of `crossval.LEVEL`
 
 
 def choose_factor(
@@ -100,14 +102,24 @@ def choose_factor(
         "strength that they were trained at"
     )
     chance = f"by chance alone they would look as good in {p:.2%} of cases"
-    if p < crossval.LEVEL:
-        log(f"{found}; {chance}: trained on all images")
+    many = fewest(images) >= MANY
+    level = LIKELY if many else crossval.LEVEL
+    wanted = f"with {MANY} images of each class or more" if many else "with so few images a class"
+    wanted = f"{wanted} less than {level:.0%} are wanted"
+    if p < level:
+        log(f"{found}; {chance}, and {wanted}: trained on all images")
         return factor
     log(
-        f"{found}; but {chance}, and less than {crossval.LEVEL:.0%} are wanted: left as it starts; "
+        f"{found}; but {chance}, and {wanted}: left as it starts; "
         "train.folds=null trains all the same"
     )
     return 0.0
+
+
+def fewest(images: TrainingSet) -> int:
+    """Number of images, or of patients where these are known, of the rarest class."""
+    who = np.array(images.patients or range(len(images.labels)))
+    return min(len(np.unique(who[images.labels == label])) for label in set(images.labels.tolist()))
 
 
 def pick(gains: np.ndarray) -> tuple[int, float]:

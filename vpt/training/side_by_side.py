@@ -162,30 +162,32 @@ class SideBySide:
         """Heads (S, SPLITS + 1) without each split, and last of all that a part learns from."""
         used = torch.stack([(self.splits >= 0) & (self.splits != n) for n in range(SPLITS)], 1)
         used = torch.cat([used, (self.splits >= 0)[:, None]], 1)
-        weights, biases = self._heads(self.features, used, self._solved)
-        self._solved = weights, biases
+        weights, biases = self._heads(self.features, used)
         alone = biases <= ABSENT / 2  # of a class that only this split has
         self._cross_fitted = (
             torch.where(alone[..., None], weights[:, -1:], weights),
             torch.where(alone, biases[:, -1:], biases),
         )
 
-    def _heads(
-        self, features: Tensor, used: Tensor, start: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Weights (S, H, C, dim) and biases of heads solved on the images `used` (S, H, N)."""
-        shape = used.shape[:2]
+    def _heads(self, features: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (S, H, C, dim) and biases of heads solved on the images `used` (S, H, N).
+
+        In the last row, all that a part learns from: there the heads of the next call begin.
+        """
+        count = used.shape[1]
+        start = self._solved and tuple(each.repeat_interleave(count, 0) for each in self._solved)
         weights, biases = regressions(
-            features.repeat_interleave(shape[1], 0),
-            self.labels.expand(used.shape[0] * used.shape[1], -1),
+            features.repeat_interleave(count, 0),
+            self.labels.expand(len(used) * count, -1),
             used.flatten(0, 1),
             self.classes,
             self.penalty,
-            start and tuple(each.flatten(0, 1) for each in start),
+            start,
         )
-        biases = biases.clamp(min=ABSENT).unflatten(0, shape)
+        weights, biases = (each.unflatten(0, (-1, count)) for each in (weights, biases))
+        self._solved = weights[:, -1], biases[:, -1]
+        biases = biases.clamp(min=ABSENT)
         for own, loss in zip(biases, self.losses, strict=True):
             if loss.log_weights is not None:
                 own += loss.log_weights
-        dtype = features.dtype
-        return weights.unflatten(0, shape).to(dtype), biases.to(dtype)
+        return weights.to(features), biases.to(features)
