@@ -9,6 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import NAMES, attach, clip, images, pairs, solved, vit
 
 import vpt
@@ -365,6 +366,23 @@ def test_the_penalty_is_that_of_all_that_could_be_tried(noise):
     everything = scikit_learns(features, labels)
     losses = -np.mean(everything.scores_.reshape(5, len(PENALTIES)), 0)
     assert losses[list(PENALTIES).index(found)] <= losses.min() + 1e-3
+
+
+def test_linear_probe_is_solved_on_one_thread(monkeypatch):
+    """Small products take ten times as long on two that wait for each other."""
+    seen, plain = [], LogisticRegression.fit
+
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    monkeypatch.setattr(
+        LogisticRegression, "fit", lambda *args: seen.append(threads()) or plain(*args)
+    )
+    model = vpt.attach(vit(), "linear_probe", num_classes=2)
+    with threadpool_limits(2, user_api="blas"):
+        model.solve(model.features(images(6)).detach(), torch.arange(6) % 2)
+        assert threads() == {2}
+    assert seen and all(found == {1} for found in seen)
 
 
 def test_linear_probe_never_predicts_a_class_without_images():

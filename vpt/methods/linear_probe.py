@@ -9,6 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from vpt.backbones.base import Backbone
@@ -86,7 +87,8 @@ def solve_head(
     weight = np.zeros(head.weight.shape)
     bias = np.where(always, -ABSENT, ABSENT)
     for rows, classes in target.regressions(labels, len(weight)):
-        probe, penalty = _regression(scaled, classes, given[rows[0]])
+        with threadpool_limits(1, user_api="blas"):  # threads would mostly wait for each other
+            probe, penalty = _regression(scaled, classes, given[rows[0]])
         chosen[rows] = penalty
         coefficients, intercepts = probe.coef_, probe.intercept_
         if len(rows) > 1:
