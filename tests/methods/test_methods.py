@@ -368,6 +368,15 @@ def test_the_penalty_is_that_of_all_that_could_be_tried(noise):
     assert losses[list(PENALTIES).index(found)] <= losses.min() + 1e-3
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", [141, 149, 195, 291])
+def test_a_search_that_comes_to_rest_does_not_warn(seed):
+    """Of features at random the best weights are next to nothing."""
+    labels = np.repeat(np.arange(4), 2)
+    features = np.random.default_rng(seed).normal(size=(8, 64))
+    assert cross_validated(StandardScaler().fit_transform(features), labels, 2).C in PENALTIES
+
+
 def test_linear_probe_is_solved_on_one_thread(monkeypatch):
     """Small products take ten times as long on two that wait for each other."""
     seen, plain = [], LogisticRegression.fit

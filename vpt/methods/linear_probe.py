@@ -1,11 +1,13 @@
 """Linear probe: scikit-learn's logistic regression, its penalty cross-validated on the shots."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
@@ -149,7 +151,9 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, count: int) -> Log
         return float(np.mean(losses)), mean
 
     best = FIRST
-    for step in (1, -1):
-        while 0 <= best + step < len(PENALTIES) and tried(best + step)[0] < tried(best)[0]:
-            best += step
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of steps too small for float32
+        for step in (1, -1):
+            while 0 <= best + step < len(PENALTIES) and tried(best + step)[0] < tried(best)[0]:
+                best += step
     return tried(best)[1]
