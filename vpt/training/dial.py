@@ -101,11 +101,9 @@ def choose_factor(
         f"{right(after[best])} ({mean[1 + best]:.3f}) with prompts at {factor:g} times the "
         "strength that they were trained at"
     )
+    level, when = _level(images)
     chance = f"by chance alone they would look as good in {p:.2%} of cases"
-    many = fewest(images) >= MANY
-    level = LIKELY if many else crossval.LEVEL
-    wanted = f"with {MANY} images of each class or more" if many else "with so few images a class"
-    wanted = f"{wanted} less than {level:.0%} are wanted"
+    wanted = f"less than {level:.0%} are wanted with {when}"
     if p < level:
         log(f"{found}; {chance}, and {wanted}: trained on all images")
         return factor
@@ -116,10 +114,14 @@ def choose_factor(
     return 0.0
 
 
-def fewest(images: TrainingSet) -> int:
-    """Number of images, or of patients where these are known, of the rarest class."""
+def _level(images: TrainingSet) -> tuple[float, str]:
+    """The p below which prompts are kept, and the reason in words."""
     who = np.array(images.patients or range(len(images.labels)))
-    return min(len(np.unique(who[images.labels == label])) for label in set(images.labels.tolist()))
+    units = "patients" if images.patients else "images"
+    classes = np.unique(images.labels)
+    if min(len(np.unique(who[images.labels == each])) for each in classes) >= MANY:
+        return LIKELY, f"{MANY} {units} or more of each class"
+    return crossval.LEVEL, f"fewer than {MANY} {units} of some class"
 
 
 def pick(gains: np.ndarray) -> tuple[int, float]:
