@@ -46,3 +46,12 @@ def test_a_class_without_images_is_never_predicted():
     both = features.double() @ (weights[0, 2] - weights[0, 0]) + biases[0, 2] - biases[0, 0]
     binary = features.double() @ (alone[0][0, 1] - alone[0][0, 0]) + alone[1][0, 1] - alone[1][0, 0]
     torch.testing.assert_close(both, binary, rtol=0, atol=1e-5)
+
+
+def test_a_class_that_the_start_lacks_is_learned():
+    features, labels, used = problems(30, 3, 8)
+    many = features.expand(3, -1, -1), labels.expand(3, -1)
+    lacking = regressions(*many, used & (labels != 1), 3, 1.0)
+    found, expected = (regressions(*many, used, 3, 1.0, start) for start in (lacking, None))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)

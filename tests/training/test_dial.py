@@ -150,7 +150,9 @@ def test_a_factor_of_zero_is_the_start():
         model, start, None, side.splits, [CrossEntropy(model.target)] * 3, side.accelerator
     )
     first = bare.logits(needed, 0.0, lambda: None)
-    torch.testing.assert_close(side.logits(needed, 0.0, lambda: None), first)
+    # heads begin elsewhere, and end within a solver's precision
+    again = side.logits(needed, 0.0, lambda: None)
+    torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(side.logits(needed, 1.0, lambda: None), first)
 
 

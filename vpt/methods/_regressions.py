@@ -49,7 +49,7 @@ def regressions(
     if start is not None:
         scaled = start[0].double() * spread
         centre = start[1].double() + (start[0].double() @ mean.mT)[..., 0]
-        centre = torch.where(present[:, 0], centre, 0.0)
+        centre = torch.where(present[:, 0] & centre.isfinite(), centre, 0.0)
         centre = centre - centre.sum(1, keepdim=True) / present[:, 0].sum(1, keepdim=True)
         slopes = scaled.mT
         if few:

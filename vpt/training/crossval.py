@@ -26,7 +26,8 @@ def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
     """The splits that are judged by, and of each the classes that it can't be judged by.
 
     All images of a patient are in one. They are `folds`, or fewer where only one class has as many
-    images. A split learns from LEARNED images at most, and all together hold out ENOUGH at most.
+    images, or where the others hold out ENOUGH, of which the last one gets half its images at least
+    or is left out. A split learns from LEARNED images at most.
     """
     parts: list[Part] = []
     for seen, held in images.target.splits(images.labels, images.patients, folds):
@@ -34,6 +35,8 @@ def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
         seen = np.sort(np.random.default_rng(0).permutation(seen)[:most])
         held, unlearned = images.target.comparable(images.labels, seen, held)
         room = ENOUGH - sum(len(held) for _, held, _ in parts)
+        if room < len(held) / 2:
+            break
         held = np.sort(np.random.default_rng(0).permutation(held)[:room])
         if len(held):
             parts.append((seen, held, unlearned))
