@@ -209,23 +209,24 @@ def test_nothing_is_tried_out_where_nothing_can_be_decided(monkeypatch, labels, 
 
 
 @pytest.mark.parametrize(
-    ("a_class", "a_patient", "p", "trains"),
+    ("method", "a_class", "a_patient", "p", "trains"),
     [
-        (9, None, 0.04, True),
-        (9, None, 0.2, False),
-        (10, None, 0.2, True),
-        (10, None, 0.6, False),
-        (18, 2, 0.2, False),  # of nine patients
-        (20, 2, 0.2, True),
+        ("vpt_deep", 9, None, 0.04, True),
+        ("vpt_deep", 9, None, 0.2, False),
+        ("vpt_deep", 10, None, 0.2, True),
+        ("vpt_deep", 10, None, 0.6, False),
+        ("vpt_deep", 18, 2, 0.2, False),  # of nine patients
+        ("vpt_deep", 20, 2, 0.2, True),
+        ("vpt_shallow", 10, None, 0.2, False),
     ],
 )
 def test_more_chances_are_taken_with_more_images_a_class(
-    monkeypatch, a_class, a_patient, p, trains
+    monkeypatch, method, a_class, a_patient, p, trains
 ):
     labels = np.arange(2 * a_class) % 2
     patients = a_patient and [f"{i % 2}-{i // 2 // a_patient}" for i in range(2 * a_class)]
     data = samples(labels, patients)
-    model = vpt.attach(tiny.vit(), num_classes=2, gated=True, head="crossfit")
+    model = vpt.attach(tiny.vit(), method, num_classes=2, gated=True, head="crossfit")
     monkeypatch.setattr(dial, "pick", lambda gains: (1, p))
     config = TrainConfig(**vpt.recipe("vpt_deep")[1].model_dump() | {"min_steps": 2, "epochs": 2})
     lines = []

@@ -22,7 +22,7 @@ from vpt.training.training_set import TrainingSet
 
 FACTORS = (0.25, 0.5, 1.0, 1.5)
 FLIPS = 10_000  # draws of what chance alone gives
-MANY = 10  # images of each class from which on training mostly helps, see docs/recipe.md
+MANY = 10  # images of each class from which on VPT-deep mostly helps, see docs/recipe.md
 LIKELY = 0.5  # the level there, in the place of `crossval.LEVEL`
 
 
@@ -101,7 +101,7 @@ def choose_factor(
         f"{right(after[best])} ({mean[1 + best]:.3f}) with prompts at {factor:g} times the "
         "strength that they were trained at"
     )
-    level, when = _level(images)
+    level, when = _level(model, images)
     chance = f"by chance alone they would look as good in {p:.2%} of cases"
     wanted = f"less than {level:.0%} are wanted with {when}"
     if p < level:
@@ -114,14 +114,16 @@ def choose_factor(
     return 0.0
 
 
-def _level(images: TrainingSet) -> tuple[float, str]:
+def _level(model: Method, images: TrainingSet) -> tuple[float, str]:
     """The p below which prompts are kept, and the reason in words."""
     who = np.array(images.patients or range(len(images.labels)))
     units = "patients" if images.patients else "images"
     classes = np.unique(images.labels)
-    if min(len(np.unique(who[images.labels == each])) for each in classes) >= MANY:
-        return LIKELY, f"{MANY} {units} or more of each class"
-    return crossval.LEVEL, f"fewer than {MANY} {units} of some class"
+    if min(len(np.unique(who[images.labels == each])) for each in classes) < MANY:
+        return crossval.LEVEL, f"fewer than {MANY} {units} of some class"
+    if len(model.layers) == 1:
+        return crossval.LEVEL, "prompts before one block only"
+    return LIKELY, f"{MANY} {units} or more of each class"
 
 
 def pick(gains: np.ndarray) -> tuple[int, float]:
