@@ -267,7 +267,7 @@ def test_all_right_is_not_worse_than_a_few_wrong():
     assert not helps(unsure, wrong, labels.numpy())
 
 
-@pytest.mark.parametrize(("enough", "count"), [(8, 1), (14, 1), (15, 2), (30, 3)])
+@pytest.mark.parametrize(("enough", "count"), [(3, 1), (8, 1), (14, 1), (15, 2), (30, 3)])
 def test_enough_images_are_held_out(monkeypatch, enough, count):
     monkeypatch.setattr(crossval, "ENOUGH", enough)
     model, seen = vpt.attach(tiny.vit(), num_classes=2), []

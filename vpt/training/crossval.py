@@ -26,8 +26,8 @@ def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
     """The splits that are judged by, and of each the classes that it can't be judged by.
 
     All images of a patient are in one. They are `folds`, or fewer where only one class has as many
-    images, or where the others hold out ENOUGH, of which the last one gets half its images at least
-    or is left out. A split learns from LEARNED images at most.
+    images, or ENOUGH are held out: of the last split only what is missing, and if that is less than
+    half of it, it is left out. A split learns from LEARNED images at most.
     """
     parts: list[Part] = []
     for seen, held in images.target.splits(images.labels, images.patients, folds):
@@ -35,7 +35,7 @@ def judged_parts(images: TrainingSet, folds: int) -> list[Part]:
         seen = np.sort(np.random.default_rng(0).permutation(seen)[:most])
         held, unlearned = images.target.comparable(images.labels, seen, held)
         room = ENOUGH - sum(len(held) for _, held, _ in parts)
-        if room < len(held) / 2:
+        if parts and room < len(held) / 2:
             break
         held = np.sort(np.random.default_rng(0).permutation(held)[:room])
         if len(held):
