@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_limits
 from tiny import NAMES, attach, clip, images, pairs, solved, vit
 
 import vpt
@@ -17,7 +17,7 @@ from vpt import methods
 from vpt.errors import InputError
 from vpt.losses.cross_entropy import CrossEntropy
 from vpt.methods.base import Batch
-from vpt.methods.linear_probe import PENALTIES, cross_validated
+from vpt.methods.linear_probe import PENALTIES, THREADS, cross_validated
 
 BACKBONES = {
     "vit": vit,
@@ -382,7 +382,7 @@ def test_linear_probe_is_solved_on_one_thread(monkeypatch):
     seen, plain = [], LogisticRegression.fit
 
     def threads():
-        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+        return {pool["num_threads"] for pool in THREADS.info() if pool["user_api"] == "blas"}
 
     monkeypatch.setattr(
         LogisticRegression, "fit", lambda *args: seen.append(threads()) or plain(*args)

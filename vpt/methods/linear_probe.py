@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from vpt.backbones.base import Backbone
@@ -25,6 +25,7 @@ PENALTIES = np.logspace(-5, 2, 15)  # scikit-learn's C, the inverse strength
 FIRST = 8  # of PENALTIES that is tried, 0.1
 SPLITS = 5
 ABSENT = -1e4  # bias of a class without images: never predicted
+THREADS = ThreadpoolController()  # of scikit-learn's BLAS
 
 
 class LinearProbe(Method):
@@ -89,7 +90,7 @@ def solve_head(
     weight = np.zeros(head.weight.shape)
     bias = np.where(always, -ABSENT, ABSENT)
     for rows, classes in target.regressions(labels, len(weight)):
-        with threadpool_limits(1, user_api="blas"):  # threads would mostly wait for each other
+        with THREADS.limit(limits=1, user_api="blas"):  # threads would mostly wait for each other
             probe, penalty = _regression(scaled, classes, given[rows[0]])
         chosen[rows] = penalty
         coefficients, intercepts = probe.coef_, probe.intercept_

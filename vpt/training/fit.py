@@ -129,7 +129,8 @@ def fit(
         factor = history[0].get("factor", 1.0) if history else 1.0  # that a stopped run had chosen
         if config.folds and not history and together:
             start = image_features(model, ordered, accelerator)
-            model.before_epoch(Epoch(0, config.epochs, loss, plain, lambda: start))
+            alone = start._replace(columns={})  # no heads without a split, unless it is trained
+            model.before_epoch(Epoch(0, config.epochs, loss, plain, lambda: alone))
             make = partial(_make, chosen, model)
             factor = choose_factor(
                 model, images, parts, start, make, given, accelerator, bar.tick, log
