@@ -83,6 +83,23 @@ def test_every_data_set_of_a_suite_has_a_card(name):
     assert set(load_suite(name).data + places(name)) - set(resources.names("datasets")) == set()
 
 
+PROTOCOLS = {
+    "base_to_new11": {"average_epoch": 15, "average_std": 1},
+    "cross_dataset": {"average_epoch": 6, "average_std": 10, "text_depth": 3, "image_depth": 3},
+}
+PROTOCOLS["domain_generalisation"] = PROTOCOLS["cross_dataset"]
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_promptsrc_trains_as_published_for_the_protocol(name):
+    """muzairkhattak/PromptSRC, configs/trainers/PromptSRC: other settings than for few shots."""
+    suite = load_suite(name, ["root=data", "methods=[promptsrc]"])
+    for cell in cells(suite, Path("out")):
+        (setting,) = cell.settings
+        assert setting.method.options == {"templates": None} | PROTOCOLS[name]
+        assert setting.train.epochs == 20
+
+
 def places(name):
     """Data sets that a suite only tests on."""
     return [keys["name"] for keys in load_suite(name).tests.values() if "name" in keys]

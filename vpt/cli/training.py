@@ -16,7 +16,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds.")] = 1,
 ) -> None:
-    """Adapt the embedded tiny CLIP to handwritten digits with six methods, offline."""
+    """Adapt the embedded tiny CLIP to digits in ink with seven methods, offline."""
     from vpt.quickstart import quickstart
 
     quickstart(out, seeds)
