@@ -209,31 +209,39 @@ def test_nothing_is_tried_out_where_nothing_can_be_decided(monkeypatch, labels, 
 
 
 @pytest.mark.parametrize(
-    ("method", "a_class", "a_patient", "p", "trains"),
+    ("method", "classes", "a_class", "a_patient", "p", "factor"),
     [
-        ("vpt_deep", 9, None, 0.04, True),
-        ("vpt_deep", 9, None, 0.2, False),
-        ("vpt_deep", 10, None, 0.2, True),
-        ("vpt_deep", 10, None, 0.6, False),
-        ("vpt_deep", 18, 2, 0.2, False),  # of nine patients
-        ("vpt_deep", 20, 2, 0.2, True),
-        ("vpt_shallow", 10, None, 0.2, False),
+        ("vpt_deep", 2, 9, None, 0.04, 1.0),
+        ("vpt_deep", 2, 9, None, 0.2, None),
+        ("vpt_deep", 2, 10, None, 0.2, 1.0),
+        ("vpt_deep", 2, 10, None, 0.6, None),
+        ("vpt_deep", 2, 18, 2, 0.2, None),  # of nine patients
+        ("vpt_deep", 2, 20, 2, 0.2, 1.0),
+        ("vpt_shallow", 2, 10, None, 0.2, None),
+        ("vpt_deep", 3, 5, None, 0.04, 1.0),
+        ("vpt_deep", 3, 5, None, 0.9, 0.5),  # images can't tell
+        ("vpt_deep", 3, 20, None, 0.9, 0.5),
+        ("vpt_deep", 3, 21, None, 0.9, None),
+        ("vpt_deep", 3, 40, 2, 0.9, 0.5),
+        ("vpt_shallow", 3, 5, None, 0.9, None),
     ],
 )
-def test_more_chances_are_taken_with_more_images_a_class(
-    monkeypatch, method, a_class, a_patient, p, trains
+def test_how_far_prompts_act_by_the_number_of_images_and_classes(
+    monkeypatch, method, classes, a_class, a_patient, p, factor
 ):
-    labels = np.arange(2 * a_class) % 2
-    patients = a_patient and [f"{i % 2}-{i // 2 // a_patient}" for i in range(2 * a_class)]
+    numbers = np.arange(classes * a_class)
+    labels = numbers % classes
+    patients = a_patient and [f"{i % classes}-{i // classes // a_patient}" for i in numbers]
     data = samples(labels, patients)
-    model = vpt.attach(tiny.vit(), method, num_classes=2, gated=True, head="crossfit")
-    monkeypatch.setattr(dial, "pick", lambda gains: (1, p))
+    model = vpt.attach(tiny.vit(), method, num_classes=classes, gated=True, head="crossfit")
+    monkeypatch.setattr(dial, "pick", lambda gains: (2, p))
     config = TrainConfig(**vpt.recipe("vpt_deep")[1].model_dump() | {"min_steps": 2, "epochs": 2})
     lines = []
     history = vpt.fit(model, loader(model, data), config=config, log=lines.append)
     (line,) = [line for line in lines if "chance alone" in line]
-    assert ("trained on all images" in line) == bool(model.gates.any()) == trains
-    assert history[-1].get("factor") == (0.5 if trains else None)
+    assert ("trained on all images" in line) == bool(model.gates.any()) == bool(factor)
+    assert ("0.5 times the strength" in line) == (factor == 0.5)
+    assert history[-1].get("factor") == factor
 
 
 class Other(VPTDeep):

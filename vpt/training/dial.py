@@ -22,8 +22,11 @@ from vpt.training.training_set import TrainingSet
 
 FACTORS = (0.25, 0.5, 1.0, 1.5)
 FLIPS = 10_000  # draws of what chance alone gives
-MANY = 10  # images of each class from which on VPT-deep mostly helps, see docs/recipe.md
+# of VPT-deep, see docs/recipe.md
+MANY = 10  # images of each class from which on it mostly helps
 LIKELY = 0.5  # the level there, in the place of `crossval.LEVEL`
+FEW = 20  # images a class up to which held-out ones can't tell
+HALF = 0.5  # the factor that helps there on the mean, with three classes or more
 
 
 def choose_factor(
@@ -39,7 +42,7 @@ def choose_factor(
 ) -> float:
     """The factor on the gates that held-out images speak for; 0: the prompts are left as they are.
 
-    Without training, 0 if the linear probe gets no held-out image wrong, or so few are held out
+    HALF where there are three classes or more and too few images to tell. Without training, 0 if the linear probe gets no held-out image wrong, or so few are held out
     that chance could make all of them better.
 
     Args:
@@ -101,29 +104,35 @@ def choose_factor(
         f"{right(after[best])} ({mean[1 + best]:.3f}) with prompts at {factor:g} times the "
         "strength that they were trained at"
     )
-    level, when = _level(model, images)
+    level, otherwise, when = _judged(model, images)
     chance = f"by chance alone they would look as good in {p:.2%} of cases"
     wanted = f"less than {level:.0%} are wanted with {when}"
     if p < level:
         log(f"{found}; {chance}, and {wanted}: trained on all images")
         return factor
-    log(
-        f"{found}; but {chance}, and {wanted}: left as it starts; "
-        "train.folds=null trains all the same"
-    )
-    return 0.0
+    if otherwise:
+        verdict = (
+            "these are too few to tell, and prompts mostly help then: trained on all images, "
+            f"and kept at {otherwise:g} times the strength"
+        )
+    else:
+        verdict = "left as it starts; train.folds=null trains all the same"
+    log(f"{found}; but {chance}, and {wanted}: {verdict}")
+    return otherwise
 
 
-def _level(model: Method, images: TrainingSet) -> tuple[float, str]:
-    """The p below which prompts are kept, and the reason in words."""
+def _judged(model: Method, images: TrainingSet) -> tuple[float, float, str]:
+    """The p below which prompts are kept, the factor else, and of what the first is, in words."""
     who = np.array(images.patients or range(len(images.labels)))
     units = "patients" if images.patients else "images"
-    classes = np.unique(images.labels)
-    if min(len(np.unique(who[images.labels == each])) for each in classes) < MANY:
-        return crossval.LEVEL, f"fewer than {MANY} {units} of some class"
-    if len(model.layers) == 1:
-        return crossval.LEVEL, "prompts before one block only"
-    return LIKELY, f"{MANY} {units} or more of each class"
+    counts = [len(np.unique(who[images.labels == label])) for label in np.unique(images.labels)]
+    deep = len(model.layers) > 1
+    otherwise = HALF if deep and len(counts) > 2 and np.mean(counts) <= FEW else 0.0
+    if min(counts) < MANY:
+        return crossval.LEVEL, otherwise, f"fewer than {MANY} {units} of some class"
+    if not deep:
+        return crossval.LEVEL, otherwise, "prompts before one block only"
+    return LIKELY, otherwise, f"{MANY} {units} or more of each class"
 
 
 def pick(gains: np.ndarray) -> tuple[int, float]:
