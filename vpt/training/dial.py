@@ -42,8 +42,9 @@ def choose_factor(
 ) -> float:
     """The factor on the gates that held-out images speak for; 0: the prompts are left as they are.
 
-    HALF where there are three classes or more and too few images to tell. Without training, 0 if the linear probe gets no held-out image wrong, or so few are held out
-    that chance could make all of them better.
+    HALF where there are three classes or more and too few images to tell. Without training, 0 if
+    the linear probe gets no held-out image wrong, or so few are held out that chance could make all
+    of them better.
 
     Args:
         model: which `side_by_side.fits`, before its first step.
