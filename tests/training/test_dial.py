@@ -244,6 +244,17 @@ def test_how_far_prompts_act_by_the_number_of_images_and_classes(
     assert history[-1].get("factor") == factor
 
 
+@pytest.mark.parametrize("gate", [0.0, 0.1])
+def test_prompts_of_another_stay_at_full_strength_where_images_can_t_tell(monkeypatch, gate):
+    model = vpt.attach(tiny.vit(), num_classes=3, gated=True, head="crossfit")
+    model.gates.data.fill_(gate)
+    monkeypatch.setattr(dial, "pick", lambda gains: (2, 0.9))
+    config = TrainConfig(**vpt.recipe("vpt_deep")[1].model_dump() | {"min_steps": 2, "epochs": 2})
+    history = vpt.fit(model, loader(model, samples(np.arange(15) % 3)), config=config)
+    assert history[-1].get("factor") == (None if gate else 0.5)
+    assert (model.gates == gate).all() == bool(gate)
+
+
 class Other(VPTDeep):
     """A loss of its own."""
 

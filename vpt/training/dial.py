@@ -42,9 +42,9 @@ def choose_factor(
 ) -> float:
     """The factor on the gates that held-out images speak for; 0: the prompts are left as they are.
 
-    HALF where there are three classes or more and too few images to tell. Without training, 0 if
-    the linear probe gets no held-out image wrong, or so few are held out that chance could make all
-    of them better.
+    HALF where there are three classes or more and too few images to tell, unless `model` starts
+    from another's prompts. Without training, 0 if the linear probe gets no held-out image wrong, or
+    so few are held out that chance could make all of them better.
 
     Args:
         model: which `side_by_side.fits`, before its first step.
@@ -128,7 +128,9 @@ def _judged(model: Method, images: TrainingSet) -> tuple[float, float, str]:
     units = "patients" if images.patients else "images"
     counts = [len(np.unique(who[images.labels == label])) for label in np.unique(images.labels)]
     deep = len(model.layers) > 1
-    otherwise = HALF if deep and len(counts) > 2 and np.mean(counts) <= FEW else 0.0
+    bare = not model.gates.any()  # does not start from another's prompts
+    few = len(counts) > 2 and np.mean(counts) <= FEW
+    otherwise = HALF if deep and bare and few else 0.0
     if min(counts) < MANY:
         return crossval.LEVEL, otherwise, f"fewer than {MANY} {units} of some class"
     if not deep:
