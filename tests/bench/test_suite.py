@@ -100,6 +100,19 @@ def test_promptsrc_trains_as_published_for_the_protocol(name):
         assert setting.train.epochs == 20
 
 
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_coop_and_prolip_train_as_published_for_the_protocol(name):
+    """KaiyangZhou/CoOp, scripts/cocoop; astra-vision/ProLIP, configs/experiments."""
+    for cell in cells(load_suite(name, ["root=data"]), Path("out")):
+        (setting,) = cell.settings
+        long = name == "base_to_new11" and setting.data.name != "imagenet"
+        if setting.method.name == "coop":
+            assert setting.method.options["init"] == "a photo of a"
+            assert setting.train.epochs == (200 if long else 50)
+        if setting.method.name == "prolip":
+            assert setting.train.lr == 1e-5
+
+
 def places(name):
     """Data sets that a suite only tests on."""
     return [keys["name"] for keys in load_suite(name).tests.values() if "name" in keys]
